@@ -1,55 +1,56 @@
 """Swap ActionCLIP's CLIP backbone for a TinyCLIP and see what it costs and what it buys.
 
-Technique 1 of Frans Huntink, "Bridging the gap: Threefold knowledge distillation for language-enabled
-action recognition models operating in real-time scenarios" (master thesis, Utrecht, 2024). ActionCLIP:
-Wang, Xing, Liu 2021 (arXiv 2109.08472). TinyCLIP: Wu et al., ICCV 2023 (arXiv 2309.12314).
+Technique 1 of Frans Huntink's master thesis, "Bridging the gap: Threefold knowledge distillation
+for language-enabled action recognition models operating in real-time scenarios" (Utrecht, 2024), on
+ActionCLIP (Wang, Xing, Liu 2021, arXiv 2109.08472) and TinyCLIP (Wu et al., ICCV 2023).
 
-The idea. ActionCLIP reads T frames with CLIP's image tower, mixes them with a small transformer, and
+The idea. ActionCLIP reads T frames with CLIP's image tower, mixes them with a small transformer and
 compares the result with the embedded sentence "a video of <action>". Nearly all of its cost is the
-image tower. TinyCLIP is CLIP distilled into a smaller CLIP, with the same two towers and the same
-space of meanings. So the distillation has been done already, by others, on hundreds of millions of
-pictures: put the small towers in the place of the large ones and train on actions as before. Below,
-both are trained by the same steps on the same clips, tested on every test clip, and measured.
+image tower. TinyCLIP is CLIP distilled into a smaller CLIP: two towers and one space of meanings,
+as before. The distillation has been done, by others, on hundreds of millions of pictures: put the
+small towers in the place of the large ones and train on actions as always. Below, both are trained
+by the same steps on the same clips, tested on every test clip, and measured.
 
-The loss, ActionCLIP's, for a batch of B videos v, their texts t and labels y; s = exp(logit_scale):
-  (1) kl_pair       L = 1/2 [ KL(G || softmax_rows(s v^ t^')) + KL(G || softmax_rows(s t^ v^')) ]
+ActionCLIP's loss, for B videos v, their texts t and labels y; s = exp(logit_scale):
+  (1) kl_pair       L = 1/2 [KL(G || softmax_rows(s v^ t^')) + KL(G || softmax_rows(s t^ v^'))],
                     G = softmax_rows(10 [y_i = y_k]); KL summed over a row, mean over B; no tau
-The rule of evaluation, with P = 16 sentences for each of K classes:
+Its rule of evaluation, with P = 16 sentences for each of K classes:
   (2) class_scores  p(k) = 1/P sum_p softmax_k(100 v^ . t^_pk)
 With --recover affinity the small model also learns from the large one, by TinyCLIP's own loss:
-  (3) affinity_loss L = 1/2 [ CE(A_t, A_s) + CE(A_t', A_s') ], A = softmax_rows(scale v^ t^'), A' the
+  (3) affinity_loss L = 1/2 [CE(A_t, A_s) + CE(A_t', A_s')], A = softmax_rows(scale v^ t^'), A' the
                     same of t^ v^'; CE = -sum_k A_t log A_s, mean over B; it needs no labels
 x^ is x / |x|; B clips, T frames, K classes, D width: v, t (B, D); _s small model, _t large model.
+Find the loss in kl_pair, the rule in class_scores, the fusion head in common.py's FusionHead.
 
-  python tinyclip_swap.py                              toy clips, about 2 minutes on 2 CPU cores
+  python tinyclip_swap.py                              toy clips, 2 minutes on 2 CPU cores
   python tinyclip_swap.py --recover affinity           a third arm: small + eq. (3)
-  python tinyclip_swap.py --data HMDB51 --large ViT-B-32:openai \
-      --small TinyCLIP-ViT-40M-32-Text-19M:FILE.pt --epochs 50 --batch-size 64
+  python tinyclip_swap.py --data HMDB51 --large ViT-B-32:openai --batch-size 64 \\
+      --small TinyCLIP-ViT-40M-32-Text-19M:TinyCLIP-ViT-40M-32-Text-19M-LAION400M.pt
   python tinyclip_swap.py --data HMDB51 --large ViT-B-32 --eval-only vit-b-32-8f.pt
 
 RESULT_LINE
 
 Differs from the papers and from the code of ActionCLIP (sallymmx/ActionCLIP @31c34df):
- 1. fp32 weights with bf16 autocast on CUDA; theirs are fp16, where a step of 5e-6 moves about half of
-    the weights. Their learning rate (our default for real CLIPs) is therefore a start, not a match.
- 2. Segments are jittered in training (their HMDB and UCF settings lack the switch); colour jitter is
-    drawn once per clip (theirs once per frame); crops lie anywhere (theirs in 13 places).
+ 1. fp32 weights, bf16 autocast on CUDA; theirs are fp16, where a step of 5e-6 moves about half of
+    the weights. Their learning rate, our default for real CLIPs, is a start and not a match.
+ 2. Segments are jittered in training (their HMDB and UCF settings lack the switch); colour jitter
+    is drawn once per clip (theirs per frame); crops lie anywhere (theirs in 13 places).
  3. No weight decay on norms, biases, embeddings and scales; logit_scale is clamped at ln 100;
     gradients are clipped at norm 1; warm-up takes the first tenth of the steps.
- 4. The last epoch is reported, and every test clip counts; theirs: the best epoch on the test list,
+ 4. The last epoch is reported and every test clip counts; theirs: the best epoch on the test list,
     without its last batch.
- 5. The thesis gives no affinity weight on action clips; here it is 1, beside eq. (1). The scale of the
-    large model is fixed at 50, as in TinyCLIP.
- 6. With toy CLIPs the fusion head starts larger and crops are milder; common.py's FusionHead says why.
+ 5. The thesis gives no weight of eq. (3) on action clips: here 1, beside eq. (1). The large model's
+    scale is 50, as in TinyCLIP.
+ 6. With toy CLIPs the fusion head starts larger (FusionHead says why) and crops are milder.
 """
 import argparse
-import contextlib
 import ctypes
 import itertools
 import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -66,8 +67,18 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common import (PROMPTS, BadInput, Clips, augment, build_action_clip, centre_crop, clip_loader,
-                    mirrors, note_bad, read_data, read_weights)
+from common import (
+    BadInput,
+    Clips,
+    augment,
+    build_action_clip,
+    centre_crop,
+    clip_loader,
+    mirrors,
+    note_bad,
+    read_data,
+    read_weights,
+)
 
 # ---- the method: eqs. (1)-(3) --------------------------------------------------------------------
 
@@ -78,8 +89,8 @@ def kl_pair(video, text, labels, scale):
     v, t = F.normalize(video, dim=-1), F.normalize(text, dim=-1)                # (B, D)
     logits = scale * v @ t.T                                                    # (B, B)
     G = (10 * (labels[:, None] == labels).to(logits)).softmax(1)                # (B, B)
-    return (F.kl_div(logits.log_softmax(1), G, reduction="batchmean")           # (1), videos to texts
-            + F.kl_div(logits.T.log_softmax(1), G, reduction="batchmean")) / 2  # (1), texts to videos
+    return (F.kl_div(logits.log_softmax(1), G, reduction="batchmean")           # (1), v to t
+            + F.kl_div(logits.T.log_softmax(1), G, reduction="batchmean")) / 2  # (1), t to v
 
 
 def class_scores(video, text):
@@ -95,19 +106,19 @@ def affinity_loss(video_s, text_s, video_t, text_t, scale_s, scale_t):
     B, D = video_s.shape
     v_s, t_s, v_t, t_t = (F.normalize(x, dim=-1) for x in (video_s, text_s, video_t, text_t))
     logits_s, logits_t = scale_s * v_s @ t_s.T, scale_t * v_t @ t_t.T           # (B, B)
-    return (F.cross_entropy(logits_s, logits_t.softmax(1))                      # (3), videos to texts
-            + F.cross_entropy(logits_s.T, logits_t.T.softmax(1))) / 2           # (3), texts to videos
+    return (F.cross_entropy(logits_s, logits_t.softmax(1))                      # (3), v to t
+            + F.cross_entropy(logits_s.T, logits_t.T.softmax(1))) / 2           # (3), t to v
 
 
-# ---- the rest is plumbing: training, testing, measuring, keeping record ---------------------------
+# ---- the rest is plumbing: training, testing, measuring, keeping record --------------------------
 
 AFFINITY_WEIGHT, SCALE_T = 1., 50.
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "RTX 4090": 165}  # dense bf16, from the makers
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "RTX 4090": 165}  # dense bf16
 
 
 class Gather(torch.autograd.Function):
-    """(B/W, ...) of each of W processes -> (B, ...) on all, so that in-batch losses see the global
-    batch. Each process computes the whole loss, so gradients are summed; DDP then divides by W."""
+    """(B/W, ...) in each of W processes -> (B, ...) in all: in-batch losses see the global batch.
+    Each process computes the whole loss, so gradients are summed here, and DDP divides by W."""
 
     @staticmethod
     def forward(ctx, x):
@@ -117,7 +128,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -127,7 +138,7 @@ def gather(x):
 
 
 def autocast(device):
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def make_optimizer(model, lr, steps):
@@ -139,12 +150,13 @@ def make_optimizer(model, lr, steps):
             decay = .2 if weight.ndim > 1 and "embedding" not in name else 0.
             rate = 10 * lr if name.startswith("fusion.") else lr
             groups.setdefault((rate, decay), []).append(weight)
-    optimizer = torch.optim.AdamW([dict(params=weights, lr=rate, weight_decay=decay)
+    optimizer = torch.optim.AdamW([{"params": weights, "lr": rate, "weight_decay": decay}
                                    for (rate, decay), weights in groups.items()],
                                   betas=(.9, .98), eps=1e-8, fused=True)
     warm = max(1, steps // 10)
-    return optimizer, SequentialLR(optimizer, [LinearLR(optimizer, 1 / warm, total_iters=warm),
-                                               CosineAnnealingLR(optimizer, max(1, steps - warm))], [warm])
+    return optimizer, SequentialLR(optimizer, [
+        LinearLR(optimizer, 1 / warm, total_iters=warm),
+        CosineAnnealingLR(optimizer, max(1, steps - warm))], [warm])
 
 
 def save(state, path):
@@ -154,8 +166,8 @@ def save(state, path):
 
 
 def train(arm, model, large, data, args, place, run, log):
-    """Train one arm by eq. (1), and by eq. (3) where `large` is given. Keeps RUN/ARM-last.pt; adds a
-    row per epoch to `log`. -> {path: reason} of the clips that could not be decoded."""
+    """Train one arm by eq. (1), and by eq. (3) where `large` is given. Keeps RUN/ARM-last.pt; adds
+    a row per epoch to `log`. -> {path: reason} of the clips that could not be decoded."""
     device, rank, world = place
     toy = args.arms[arm].startswith("toy-")
     clips = Clips(data.train, args.frames, side(model), args.sampling, train=True, seed=args.seed)
@@ -168,11 +180,11 @@ def train(arm, model, large, data, args, place, run, log):
         saved = torch.load(path, map_location=device, weights_only=True)
         model.clip.load_state_dict(saved["model_state_dict"])
         model.fusion.load_state_dict(saved["fusion_model_state_dict"])
-        if saved["optimizer_state"]:
+        log += saved["rows"]
+        if len(saved["rows"]) < args.epochs:
             optimizer.load_state_dict(saved["optimizer_state"])
             schedule.load_state_dict(saved["schedule_state"])
             torch.set_rng_state(saved["rng_state"].cpu())
-        log += saved["rows"]
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     prompts = model.prompts(data.classes).to(device)                            # (16, K, L)
     prompts_t = large.prompts(data.classes).to(device) if large else None       # (16, K, L_t)
@@ -183,23 +195,18 @@ def train(arm, model, large, data, args, place, run, log):
         model.train()
         for batch in tqdm(loader, f"{arm} {epoch + 1}/{args.epochs}", leave=False, disable=None):
             note_bad(bad, batch, clips)
-            videos = [video.to(device, non_blocking=True) for video in batch.video]
-
-            def view(size):  # the same draws at any size
-                rngs = [np.random.default_rng([args.seed, *key, 1]) for key in batch.key]
-                return augment(videos, size, rngs, [mirror[label] for label in batch.label],
-                               (1, .875) if toy else (1, .875, .75, .66))
-
-            draws = [np.random.default_rng([args.seed, *key, 2]).integers(16) for key in batch.key]
+            draws = [np.random.default_rng([args.seed, *key, 1]).integers(16) for key in batch.key]
+            labels = gather(torch.tensor(batch.label, device=device))           # (B,)
             with autocast(device):
-                v, t, scale = wrapped(view(model.size), prompts[draws, batch.label])
+                v, t, scale = wrapped(view(batch, model.size, mirror, toy, args.seed, device),
+                                      prompts[draws, batch.label])
             v, t = gather(v.float()), gather(t.float())                         # (B, D)
-            labels = gather(torch.tensor(batch.label, device=device))
             loss = pair = kl_pair(v, t, labels, scale)
             affinity = agree = torch.zeros((), device=device)
             if large:
                 with torch.no_grad(), autocast(device):
-                    v_t, t_t, _ = large(view(large.size), prompts_t[draws, batch.label])
+                    v_t, t_t, _ = large(view(batch, large.size, mirror, toy, args.seed, device),
+                                        prompts_t[draws, batch.label])
                 v_t, t_t = gather(v_t.float()), gather(t_t.float())             # (B, D_t)
                 affinity = affinity_loss(v, t, v_t, t_t, scale, SCALE_T)
                 loss = pair + AFFINITY_WEIGHT * affinity
@@ -213,33 +220,36 @@ def train(arm, model, large, data, args, place, run, log):
             with torch.no_grad():
                 model.clip.logit_scale.clamp_(max=math.log(100))
                 sums += torch.stack([pair, affinity, agree]) / len(loader)
-        log.append(dict(zip(("kl_pair", "affinity", "agreement"), sums.tolist(), strict=True), arm=arm,
-                         epoch=epoch + 1, clips_per_s=len(loader) * batch_size / (time.time() - began)))
+        log.append({"arm": arm, "epoch": epoch + 1,
+                    **dict(zip(("kl_pair", "affinity", "agreement"), sums.tolist(), strict=True)),
+                    "clips_per_s": len(loader) * batch_size / (time.time() - began)})
         if rank:
             continue
-        print("{arm:15} epoch {epoch:3}  kl_pair {kl_pair:7.4f}  affinity {affinity:7.4f}  agreement "
-              "{agreement:.3f}  {clips_per_s:7.1f} clips/s".format(**log[-1]), flush=True)
+        print("{arm:15} epoch {epoch:3}  kl_pair {kl_pair:7.4f}".format(**log[-1])
+              + ("  affinity {affinity:7.4f}  agreement {agreement:.3f}".format(**log[-1])
+                 if large else "") + f"  {log[-1]['clips_per_s']:7.1f} clips/s", flush=True)
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
         done = epoch + 1 == args.epochs
         save({"model_state_dict": model.clip.state_dict(), "frames": args.frames,
-              "rows": [row for row in log if row["arm"] == arm],
-              "fusion_model_state_dict": model.fusion.state_dict(), "quick_gelu": model.clip.quick_gelu,
-              "backbone": args.arms[arm].partition(":")[0], "rng_state": torch.get_rng_state(),
+              "fusion_model_state_dict": model.fusion.state_dict(),
+              "quick_gelu": model.clip.quick_gelu, "backbone": args.arms[arm].partition(":")[0],
+              "rows": [row for row in log if row["arm"] == arm], "rng_state": torch.get_rng_state(),
               "optimizer_state": None if done else optimizer.state_dict(),
               "schedule_state": None if done else schedule.state_dict()}, path)
     return bad
 
 
+def view(batch, size, mirror, toy, seed, device):
+    """The training crops of a batch, (B, T, 3, size, size): the same draws at any size."""
+    videos = [video.to(device, non_blocking=True) for video in batch.video]
+    rngs = [np.random.default_rng([seed, *key, 2]) for key in batch.key]
+    return augment(videos, size, rngs, [mirror[label] for label in batch.label],
+                   (1, .875) if toy else (1, .875, .75, .66))
+
+
 def side(model):
     """Shorter side that clips are decoded to: 256 pixels for a network that sees 224."""
     return round(model.size * 8 / 7)
-
-
-def infer(model, videos, text, views, device):
-    """Videos (B, V*T, 3, S, S) in 0..1, texts (16, K, D) -> probabilities (B, K), mean over windows."""
-    with torch.no_grad(), autocast(device):
-        v = model.encode_video(videos.unflatten(1, (views, -1)).flatten(0, 1)).float()  # (B*V, D)
-    return class_scores(v, text).unflatten(0, (-1, views)).mean(1)
 
 
 def embed_classes(model, classes, device):
@@ -248,46 +258,58 @@ def embed_classes(model, classes, device):
         return model.encode_text(model.prompts(classes).to(device)).float()
 
 
+def infer(model, videos, text, views, device):
+    """Videos (B, V*T, 3, S, S) in 0..1, texts (16, K, D) -> (B, K), mean over V windows."""
+    with torch.no_grad(), autocast(device):
+        v = model.encode_video(videos.unflatten(1, (views, -1)).flatten(0, 1)).float()  # (B*V, D)
+    return class_scores(v, text).unflatten(0, (-1, views)).mean(1)
+
+
 def evaluate(model, data, args, place):
-    """Test on every clip; one that cannot be decoded counts as wrong. -> dict of numbers, bad clips"""
+    """Test on every clip; one that cannot be decoded counts as wrong.
+
+    -> (numbers, {path: reason} of such clips, {index: class said} of this process's clips)
+    """
     device, rank, world = place
     model.eval()
-    text, bad, hits = embed_classes(model, data.classes, device), {}, torch.zeros(3, device=device)
-    clips = Clips(data.test, args.frames, side(model), args.sampling, args.views, seed=args.seed)
-    for batch in tqdm(clip_loader(clips, args.batch_size, args.workers, rank, world), "test",
-                      leave=False, disable=None):
+    text, bad, said = embed_classes(model, data.classes, device), {}, {}
+    hits = torch.zeros(3, device=device)  # first, among the first five, clips
+    clips = Clips(data.test, args.frames, side(model), args.sampling, args.views)
+    loader = clip_loader(clips, args.batch_size, args.workers, rank, world)
+    for batch in tqdm(loader, "test", leave=False, disable=None):
         note_bad(bad, batch, clips)
         hits[2] += len(batch.label)
         held = [i for i, video in enumerate(batch.video) if video is not None]
         if held:
             videos = centre_crop([batch.video[i].to(device) for i in held], model.size)
-            scores = infer(model, videos, text, args.views, device)
+            top = infer(model, videos, text, args.views, device).topk(min(5, len(data.classes)))
             labels = torch.tensor([batch.label[i] for i in held], device=device)
-            right = scores.topk(min(5, len(data.classes))).indices == labels[:, None]
-            hits += torch.stack([right[:, 0].sum(), right.sum(), hits.new_zeros(())])
+            right = top.indices == labels[:, None]
+            hits[:2] += torch.stack([right[:, 0].sum(), right.sum()])
+            said |= {batch.key[i][1]: int(k) for i, k in zip(held, top.indices[:, 0], strict=True)}
     if world > 1:
         dist.all_reduce(hits)
     top1, top5, count = hits.tolist()
-    return dict(top1=top1 / count, top5=top5 / count, clips=int(count)), bad
+    return {"top1": top1 / count, "top5": top5 / count, "clips": int(count)}, bad, said
 
 
 def count_operations(model, args, device):
-    """-> GMAC to classify a clip, GFLOP to train on one (forward and backward, texts included)."""
+    """-> GMAC to classify a clip, and GFLOP to train on one (forward, backward, its text)."""
     video = torch.rand(1, args.frames, 3, model.size, model.size, device=device)
-    with FlopCounterMode(display=False) as counter:  # with gradients, so that no fused kernel hides any
+    tokens = model.prompts(["running"])[0].to(device)
+    with FlopCounterMode(display=False) as inference:  # with gradients: fused kernels hide theirs
         model.eval().encode_video(video)
-    gmac = counter.get_total_flops() / 2e9 * args.views
-    with FlopCounterMode(display=False) as counter:
-        v, t, _ = model(video, model.prompts(["running"])[0, :1].to(device))
-        (v.sum() + t.sum()).backward()
+    with FlopCounterMode(display=False) as training:
+        sum(x.sum() for x in model(video, tokens[:1])).backward()
     model.zero_grad()
-    return gmac, counter.get_total_flops() / 1e9
+    return inference.get_total_flops() / 2e9 * args.views, training.get_total_flops() / 1e9
 
 
-def median_ms(function, device, runs=20):
-    """Median time of a call in ms after 3 calls to warm up; by CUDA's own events on a GPU."""
-    times = []
-    for run in range(runs + 3):
+def median_ms(function, device):
+    """Median time of a call in ms, of 20 calls or a second's worth, after 3 to warm up; on a GPU by
+    CUDA's own events."""
+    times, began = [], time.perf_counter()
+    while len(times) < 23 or (time.perf_counter() - began < 1 and len(times) < 500):
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -303,101 +325,91 @@ def median_ms(function, device, runs=20):
 
 
 def peak_mb(function, device):
-    """Memory in MB that a call needs beyond what is there before: CUDA's allocator; on Linux the
-    growth of the resident set; elsewhere not a number."""
+    """MB that a call needs beyond what is there before it: by CUDA's allocator; on Linux the growth
+    of the resident set; elsewhere not a number."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    if not sys.platform.startswith("linux"):
+    if not os.access("/proc/self/clear_refs", os.W_OK):
         return math.nan
-
-    def status(key):
-        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
-
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = status("VmRSS")
+    kb = dict(re.findall(r"(VmRSS|VmHWM):\s+(\d+)", Path("/proc/self/status").read_text()))
     function()
-    return max(0, status("VmHWM") - before) * 1024 / 1e6
+    peak = dict(re.findall(r"(VmRSS|VmHWM):\s+(\d+)", Path("/proc/self/status").read_text()))
+    return (int(peak["VmHWM"]) - int(kb["VmRSS"])) / 1e3
 
 
 def measure(model, data, args, device):
-    """What a clip costs: parameters, time, memory. Texts are cached; -> dict of numbers."""
-    model.eval()
-    size = {"image": 0, "text": 0, "fusion": 0, "words": 0}
+    """What a clip costs: parameters in millions, ms, clips/s, MB. Texts are cached."""
+    numbers = {"image": 0, "text": 0, "fusion": 0, "words": 0}
     for name, weight in model.named_parameters():
         part = "image" if ".visual." in name else "fusion" if name.startswith("fusion.") else \
             "words" if "token_embedding" in name else "text"
-        size[part] += weight.numel() / 1e6
-    text = embed_classes(model, data.classes, device)
+        numbers[part] += weight.numel() / 1e6
+    text = embed_classes(model.eval(), data.classes, device)
     batch = 32 if device.type == "cuda" else 4
     one, many = (torch.rand(B, args.views * args.frames, 3, model.size, model.size, device=device)
                  for B in (1, batch))
     clips = Clips(data.test, args.frames, side(model), args.sampling, args.views)
-    readable = itertools.cycle([i for i in range(min(20, len(clips))) if clips[0, i].video is not None])
+    held = [i for i in range(min(20, len(clips))) if clips[0, i].video is not None]
+    turn = itertools.cycle(held)
+
+    def classify(videos):
+        return infer(model, videos, text, args.views, device)
 
     def decode_too():
-        video = clips[0, next(readable)].video.to(device)
-        return infer(model, centre_crop([video], model.size), text, args.views, device).cpu()
+        return classify(centre_crop([clips[0, next(turn)].video.to(device)], model.size)).cpu()
 
-    alone = median_ms(lambda: infer(model, one, text, args.views, device), device)
-    together = median_ms(lambda: infer(model, many, text, args.views, device), device)
+    peak = peak_mb(lambda: classify(many), device)
     weights = sum(w.numel() * w.element_size() for w in model.parameters()) / 1e6
-    return dict(size, ms=alone, ms_decode=median_ms(decode_too, device), batch=batch,
-                clips_per_s=batch / together * 1e3,
-                peak_mb=weights + peak_mb(lambda: infer(model, many, text, args.views, device), device))
+    return {**numbers, "batch": batch, "ms": median_ms(lambda: classify(one), device),
+            "ms_decode": median_ms(decode_too, device) if held else math.nan,
+            "clips_per_s": batch * 1e3 / median_ms(lambda: classify(many), device),
+            "peak_mb": weights + peak}
 
 
-def draw_sheet(models, data, args, device, path):
-    """Contact sheet: eight test clips as the networks see them, the truth and what each arm says."""
-    clips, rows = Clips(data.test, args.frames, side(next(iter(models.values()))), args.sampling), []
-    texts = {arm: embed_classes(model, data.classes, device) for arm, model in models.items()}
-    for i in np.linspace(0, len(clips) - 1, min(8, len(clips))).astype(int):
-        sample = clips[0, int(i)]
-        if sample.video is None:
-            continue
-        said, truth = [], data.classes[sample.label]
-        for arm, model in models.items():
-            video = centre_crop(
-                [torchvision.transforms.v2.functional.resize(sample.video, side(model))], model.size)
-            scores = infer(model.to(device), video.to(device), texts[arm], 1, device)
-            said.append(data.classes[scores.argmax()])
-        tiles = F.interpolate(video[0], (128, 128)).mul(255).byte()
-        row = torchvision.utils.make_grid(tiles, nrow=len(tiles), padding=2)
-        label = f" truth: {truth}   " + "   ".join(f"{a}: {s}" for a, s in zip(models, said, strict=True))
-        row = F.pad(row, (2, 2, 14, 2))
+def draw_sheet(data, answers, args, path):
+    """Contact sheet: eight test clips as a network sees them, the truth, and what each arm said."""
+    some, rows = sorted(set.intersection(*map(set, answers.values()))), []
+    clips = Clips(data.test, args.frames, 128, args.sampling)
+    for i in some[::max(1, len(some) // 8)][:8]:
+        truth = data.test[i][1]
+        row = torchvision.utils.make_grid(centre_crop([clips[0, i].video], 128)[0], args.frames)
+        row = F.pad(row.mul(255).byte(), (2, 2, 14, 2))
+        label = "   ".join(f"{arm}: {data.classes[said[i]]}" for arm, said in answers.items())
         rows.append(torchvision.utils.draw_bounding_boxes(
-            row, torch.tensor([[1, 1, row.shape[2] - 2, row.shape[1] - 2]]), [label],
-            "lime" if all(s == truth for s in said) else "red"))
+            row, torch.tensor([[1, 1, row.shape[2] - 2, row.shape[1] - 2]]),
+            [f"truth: {data.classes[truth]}   {label}"],
+            "lime" if all(said[i] == truth for said in answers.values()) else "red"))
     if rows:
         torchvision.io.write_png(torch.cat(rows, 1), str(path))
 
 
 def table(results):
-    """The arms as text, a row each, and the ratios of the small ones to the large one."""
-    lines = [f"{'arm':15} {'backbone':30} {'image/text/fusion M':>20} {'GMAC':>8} {'ms':>8} {'+decode':>8} "
-             f"{'clips/s':>8} {'MB':>7} {'top-1':>6} {'top-5':>6}"]
+    """The arms as text, a row each, then what the small ones are of the large one."""
+    first, big = next(iter(results.values())), results.get("large")
+    lines = [f"{'arm':15} {'backbone':28} {'image/text/fusion M':>19} {'GMAC':>8} {'ms':>8} "
+             f"{'+decode':>8} {'clips/s':>8} {'MB':>7} {'top-1':>6} {'top-5':>6}"]
     for arm, r in results.items():
         sizes = f"{r['image']:.2f}/{r['text']:.2f}/{r['fusion']:.2f}"
-        lines.append(f"{arm:15} {r['backbone']:30} {sizes:>20} {r['gmac']:8.3f} {r['ms']:8.1f} "
-                     f"{r['ms_decode']:8.1f} {r['clips_per_s']:8.1f} {r['peak_mb']:7.1f} "
+        lines.append(f"{arm:15} {r['backbone']:28} {sizes:>19} {r['gmac']:8.3f} {r['ms']:8.2f} "
+                     f"{r['ms_decode']:8.2f} {r['clips_per_s']:8.1f} {r['peak_mb']:7.1f} "
                      f"{r['top1']:6.3f} {r['top5']:6.3f}")
-    first = next(iter(results.values()))
-    lines.append(f"per clip of {first['frames']} frames: GMAC, ms at batch 1, ms with decoding; clips/s and "
-                 f"peak MB at batch {first['batch']}; texts cached; text parameters without the word table; "
-                 f"{first['clips']} test clips")
-    for arm, r in results.items():
-        if arm != "large" and "large" in results:
-            big = results["large"]
-            towers = [sum(x[part] for part in ("image", "text", "fusion")) for x in (r, big)]
-            lines.append(f"{arm} / large: parameters x{towers[0] / towers[1]:.2f}, GMAC x"
-                         f"{r['gmac'] / big['gmac']:.2f}, ms x{r['ms'] / big['ms']:.2f}, clips/s x"
-                         f"{r['clips_per_s'] / big['clips_per_s']:.2f}, top-1 "
-                         f"{100 * (r['top1'] - big['top1']):+.1f} points")
-    lines.append("Time follows tokens as much as parameters: a 224-pixel frame is 196 tokens at patch 16 and "
-                 "49 at patch 32, so that on a CPU TinyCLIP-ViT-8M-16 is no faster than 40M-32.")
+    lines.append(f"Per clip: GMAC, ms at batch 1, ms with decoding; clips/s and peak MB at batch "
+                 f"{first['batch']}. Texts cached; text parameters without the word table. "
+                 f"{first['clips']} test clips.")
+    for arm, r in results.items() if big else ():
+        if arm != "large":
+            size = [sum(x[part] for part in ("image", "text", "fusion")) for x in (r, big)]
+            lines.append(f"{arm} / large: parameters x{size[0] / size[1]:.2f}, "
+                         + ", ".join(f"{key} x{r[key] / big[key]:.2f}" for key in
+                                     ("gmac", "ms", "ms_decode", "clips_per_s", "peak_mb"))
+                         + f", top-1 {100 * (r['top1'] - big['top1']):+.1f} points")
+    lines.append("Time follows tokens as much as parameters: a frame of 224 pixels is 196 tokens at "
+                 "patch 16,\n49 at patch 32; on a CPU TinyCLIP-ViT-8M-16 is no faster than 40M-32.")
     return "\n".join(lines)
 
 
@@ -415,68 +427,69 @@ def start_record(args, run):
             raise BadInput(f"--resume: the run in {run} had {'; '.join(other)}")
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
                             capture_output=True, text=True).stdout.strip()
-    return dict(argv=sys.argv[1:], flags=flags, commit=commit, machine=machine(), versions={
-        "python": platform.python_version(), "torch": torch.__version__, "av": av.__version__,
-        "torchvision": torchvision.__version__, "open_clip": open_clip.__version__,
-        "numpy": np.__version__})
+    modules = (torch, torchvision, open_clip, av, np)
+    return {"argv": sys.argv[1:], "flags": flags, "commit": commit, "machine": machine(),
+            "python": platform.python_version(),
+            "versions": {module.__name__: module.__version__ for module in modules}}
 
 
 def machine():
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else \
+        f"{platform.machine()} CPU with {torch.get_num_threads()} threads"
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", default="toy", help="toy, or a folder (see the README for formats)")
-    group.add_argument("--split", type=int, default=1, choices=(1, 2, 3))
-    group.add_argument("--allow-missing", action="store_true", help="go on without missing clips")
-    group.add_argument("--frames", type=int, default=8, help="T, frames of a clip that a network sees")
-    group.add_argument("--sampling", choices=("tsn", "dense"), default="tsn")
-    group.add_argument("--views", type=int, default=1, help="windows of a test clip (dense sampling)")
-    group = parser.add_argument_group("networks")
-    group.add_argument("--large", default="toy-large", help="NAME[:WEIGHTS] of the original backbone")
-    group.add_argument("--small", default="toy-small", help="NAME[:WEIGHTS] of the one swapped in")
-    group.add_argument("--fusion-layers", type=int, default=6, help="of the fusion head; 0: mean")
-    group.add_argument("--fix-text", action="store_true", help="freeze the text tower")
-    group.add_argument("--recover", choices=("none", "affinity"), default="none",
-                       help="affinity: a third arm, the small model with eq. (3)")
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=int, default=6)
-    group.add_argument("--batch-size", type=int, default=32, help="clips of all processes together")
-    group.add_argument("--lr", type=float, help="of CLIP's towers; the fusion head has ten times as "
-                       "much (default: 4e-4 for toy CLIPs, 5e-6 for others, as ActionCLIP)")
-    group.add_argument("--compile", action="store_true", help="torch.compile the towers")
-    group = parser.add_argument_group("run")
-    group.add_argument("--eval-only", metavar="CHECKPOINT", help="no training: test this checkpoint, of "
-                       "ours or of ActionCLIP, with the backbone of --large, or of --small if it fits")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--out", default="runs", help="folder for records, checkpoints and the cache")
-    group.add_argument("--resume", action="store_true", help="go on with a run that was killed")
-    group.add_argument("--target", type=float, default=0., help="exit 1 if any arm's top-1 is below")
-    group.add_argument("--workers", type=int, default=min(8, max(1, (os.cpu_count() or 1) - 1)))
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="toy", help="toy, or a folder (the README lists the formats)")
+    add("--split", type=int, default=1, choices=(1, 2, 3))
+    add("--allow-missing", action="store_true", help="go on without missing clips")
+    add("--frames", type=int, default=8, help="T, frames of a clip that a network sees")
+    add("--sampling", choices=("tsn", "dense"), default="tsn")
+    add("--views", type=int, default=1, help="windows of a test clip, with dense sampling")
+    add = parser.add_argument_group("networks").add_argument
+    add("--large", default="toy-large", help="NAME[:WEIGHTS] of the original backbone")
+    add("--small", default="toy-small", help="NAME[:WEIGHTS] of the one swapped in")
+    add("--fusion-layers", type=int, default=6, help="of the fusion head; 0: mean over frames")
+    add("--fix-text", action="store_true", help="freeze the text tower")
+    add("--recover", choices=("none", "affinity"), default="none",
+        help="affinity: a third arm, the small model with eq. (3)")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=int, help="(default: 6 for toy clips, else 50, as ActionCLIP)")
+    add("--batch-size", type=int, default=32, help="clips of all processes together")
+    add("--lr", type=float, help="of CLIP's towers; the fusion head has ten times as much "
+        "(default: 4e-4 for toy CLIPs, else 5e-6, as ActionCLIP)")
+    add("--compile", action="store_true", help="torch.compile the networks")
+    add = parser.add_argument_group("run").add_argument
+    add("--eval-only", metavar="CHECKPOINT", help="no training: test this checkpoint, ours or "
+        "ActionCLIP's, of the backbone that --large (or --small) names")
+    add("--seed", type=int, default=0)
+    add("--out", default="runs", help="folder for records, checkpoints and the cache")
+    add("--resume", action="store_true", help="go on with a run that was killed")
+    add("--target", type=float, default=0., help="exit 1 if an arm's top-1 is below")
+    add("--workers", type=int, default=min(8, max(1, (os.cpu_count() or 1) - 1)))
     args = parser.parse_args(argv)
+    if args.epochs is None:
+        args.epochs = 6 if args.data == "toy" else 50
     if min(args.frames, args.views, args.epochs, args.batch_size) < 1 or args.frames > 77:
         parser.error("--frames takes 1 to 77; --views, --epochs and --batch-size take 1 or more")
+    if args.views > 1 and args.sampling == "tsn":
+        parser.error("--views: TSN sampling has one view; add --sampling dense")
     args.arms = {"large": args.large, "small": args.small}
     if args.recover == "affinity":
         args.arms["small+affinity"] = args.small
-    if args.views > 1 and args.sampling == "tsn":
-        parser.error("--views: TSN sampling has one view; add --sampling dense")
     return args
 
 
 def main(argv=None):
-    """Train, test and measure the arms. -> {arm: dict of numbers}"""
+    """Train, test and measure the arms. -> {arm: numbers}"""
     args, began = parse(argv), time.time()
     if "RANK" in os.environ and not dist.is_initialized():  # torchrun
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) \
-        if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     place, cache, models = (device, rank, world), Path(args.out) / "cache", {}
 
@@ -485,33 +498,32 @@ def main(argv=None):
     data = read_data(args.data, args.split, args.allow_missing, cache)
     if args.eval_only:
         held = read_weights(args.eval_only).get("backbone", args.large.partition(":")[0])
-        arms = {name.partition(":")[0]: arm for arm, name in reversed(args.arms.items())}
+        arms = {spec.partition(":")[0]: arm for arm, spec in reversed(args.arms.items())}
         if held not in arms:
-            raise BadInput(f"{args.eval_only} holds {held}, but --large is {args.large} and --small is "
-                           f"{args.small}; name its backbone with one of them")
+            raise BadInput(f"{args.eval_only} holds {held}, but --large is {args.large} and "
+                           f"--small is {args.small}: name its backbone with one of them")
         args.arms = {arms[held]: f"{held}:{args.eval_only}"}
     for arm, spec in args.arms.items():
-        torch.manual_seed(args.seed)  # each arm's own start, whatever the others are
+        torch.manual_seed(args.seed)  # the arms do not depend on each other
         models[arm] = build_action_clip(spec, args.fusion_layers, cache)
-    if world > 1 and rank == 0:
+    if world > 1 and not rank:
         dist.barrier()
     if min(args.batch_size, len(data.train)) < world:
-        raise BadInput(f"a batch of {args.batch_size} of {len(data.train)} clips is too small for {world} "
-                       "processes")
+        raise BadInput(f"--batch-size {args.batch_size}, {len(data.train)} training clips: too few "
+                       f"for {world} processes")
     run = Path(args.out) / "tinyclip_swap" / f"{data.name}-s{args.split}-seed{args.seed}"
     record = start_record(args, run)
-    run.mkdir(parents=True, exist_ok=True)
-    if rank == 0 and not args.eval_only:
-        for old in [] if args.resume else run.glob("*-last.pt"):
+    record_name = "eval.json" if args.eval_only else "run.json"
+    if not rank:
+        run.mkdir(parents=True, exist_ok=True)
+        for old in [] if args.resume or args.eval_only else run.glob("*-last.pt"):
             old.unlink()
-        (run / "run.json").write_text(json.dumps(record, indent=1))
-    if rank == 0:
-        print(f"tinyclip_swap.py on {machine()}, torch {torch.__version__}, {world} process(es), seed "
-              f"{args.seed}\n{data.name} split {args.split}: {len(data.classes)} classes, {len(data.train)} "
-              f"training clips, {len(data.test)} test clips, {len(data.missing)} listed clips missing",
-              flush=True)
+        (run / record_name).write_text(json.dumps(record, indent=1))
+        print(f"tinyclip_swap.py on {machine()}, {world} process(es), torch {torch.__version__}, "
+              f"seed {args.seed}\n{data.name}, split {args.split}: {len(data.classes)} classes, "
+              f"{len(data.train)} training clips, {len(data.test)} test clips", flush=True)
 
-    results, log, bad, large = {}, [], {}, None
+    results, answers, log, bad, large = {}, {}, [], {}, None
     for arm, model in models.items():
         model.to(device)
         if args.fix_text:
@@ -522,41 +534,42 @@ def main(argv=None):
             model.encode_video = torch.compile(model.encode_video)
             model.encode_text = torch.compile(model.encode_text)
         if not args.eval_only:
-            bad |= train(arm, model, large if arm == "small+affinity" else None, data, args, place, run,
-                         log)
-        numbers, unread = evaluate(model, data, args, place)
+            bad |= train(arm, model, large if arm == "small+affinity" else None, data, args, place,
+                         run, log)
+        numbers, unread, answers[arm] = evaluate(model, data, args, place)
         bad |= unread
-        if rank == 0:
-            results[arm] = dict(backbone=args.arms[arm].partition(":")[0], frames=args.frames, gmac=gmac,
-                                gflop_training=gflop, **numbers, **measure(model, data, args, device))
+        results[arm] = {"backbone": args.arms[arm].partition(":")[0], "gmac": gmac,
+                        "gflop_training": gflop, **numbers}
         if arm == "large":
-            large = model.eval().requires_grad_(False)  # frozen from here on
-        if not (arm == "large" and "small+affinity" in models):
-            model.cpu()
-    if world > 1:
-        dist.barrier()
+            large = model.eval().requires_grad_(False)  # from here on it only teaches
     if rank:
         return results
 
-    record.update(results=results, missing=data.missing, bad=bad, seconds=time.time() - began)
-    (run / ("eval.json" if args.eval_only else "run.json")).write_text(json.dumps(record, indent=1))
-    draw_sheet(models, data, args, device, run / "clips.png")
+    for arm, model in models.items():  # one after the other, with nothing else running
+        results[arm] |= measure(model, data, args, device)
+    record |= {"results": results, "missing": data.missing, "bad": bad,
+               "seconds": time.time() - began}
+    (run / record_name).write_text(json.dumps(record, indent=1))
+    draw_sheet(data, answers, args, run / "clips.png")
     print(table(results))
-    for row in [row for row in log if row["epoch"] == args.epochs]:
-        tflops = results[row["arm"]]["gflop_training"] * row["clips_per_s"] / 1e3
+    for row in (row for row in log if row["epoch"] == args.epochs):
+        tflops = results[row["arm"]]["gflop_training"] * row["clips_per_s"] / 1e3 / world
         peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in machine()), None)
-        print(f"training {row['arm']}: {row['clips_per_s']:.1f} clips/s with decoding, {tflops:.3f} TFLOP/s"
-              + (f", {tflops / peak / world:.1%} of the {world} x {peak} of the device" if peak else ""))
-    for note, names in (("listed clips were missing", data.missing), ("clips cannot be decoded; those of "
-                        "the test list count as wrong", bad)):
+        print(f"training {row['arm']}: {row['clips_per_s']:.1f} clips/s with decoding, "
+              f"{tflops:.3f} TFLOP/s a device"
+              + (f", {tflops / peak:.1%} of its peak of {peak}" if peak else ""))
+    trained = {label for _, label in data.train}
+    for names, what in ((data.missing, "listed clips are missing"),
+                        ([name for i, name in enumerate(data.classes) if i not in trained],
+                         "classes have no training clip"),
+                        (list(bad), "clips cannot be decoded; in the test they count as wrong")):
         if names:
-            print(f"{len(names)} {note}, first {next(iter(names))}")
-    print(f"record, checkpoints and pictures: {run}")
-    big = results.get("large")
-    print(f"RESULT tinyclip_swap data={data.name} split={args.split} seed={args.seed} "
+            print(f"NOTE {len(names)} {what}, first {names[0]}")
+    print(f"record, checkpoints, pictures: {run}\n"
+          f"RESULT tinyclip_swap data={data.name} split={args.split} seed={args.seed} "
           + " ".join(f"{arm}={r['top1']:.4f}" for arm, r in results.items())
-          + (f" gmac_ratio={results['small']['gmac'] / big['gmac']:.3f}" if len(results) > 1 else "")
-          + f" seconds={time.time() - began:.0f}")
+          + (f" gmac_ratio={results['small']['gmac'] / results['large']['gmac']:.3f}"
+             if len(results) > 1 else "") + f" seconds={time.time() - began:.0f}")
     if any(r["top1"] < args.target for r in results.values()):
         sys.exit(1)
     return results
@@ -566,5 +579,5 @@ if __name__ == "__main__":
     try:
         main()
     except BadInput as error:
-        print(f"tinyclip_swap.py: {error}", file=sys.stderr)
+        sys.stderr.write(f"tinyclip_swap.py: {error}\n")
         sys.exit(2)

@@ -1,0 +1,559 @@
+"""The builders of common.py: are the networks those of the papers, and do files load as they should?
+
+The networks of CLIP and ActionCLIP are written out below once more, by hand, as functions of a state
+dict with the official names. Activations, masks, LayerNorm's eps and the like load without a word when
+they are wrong; only a comparison of outputs tells.
+"""
+import math
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+from common import CLIPS, BadInput, FusionHead, MeanHead, build_action_clip, build_clip
+
+EIGHT, SIXTEEN_M = "TinyCLIP-ViT-8M-16-Text-3M", "TinyCLIP-ResNet-19M-Text-19M"
+MEAN, STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)  # of CLIP's pixels
+SIZES = dict(D=96, width=128, layers=2, patch=16, side=48, text_width=192, text_layers=2)
+HEADS = 3  # text width // 64, in the text tower as in the fusion head; the image tower has width // 64
+
+
+# ---- CLIP and ActionCLIP, by hand ----------------------------------------------------------------
+
+
+def blocks_state(prefix, width, layers):
+    shapes = {"attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,),
+              "attn.out_proj.weight": (width, width), "attn.out_proj.bias": (width,),
+              "ln_1.weight": (width,), "ln_1.bias": (width,),
+              "ln_2.weight": (width,), "ln_2.bias": (width,),
+              "mlp.c_fc.weight": (4 * width, width), "mlp.c_fc.bias": (4 * width,),
+              "mlp.c_proj.weight": (width, 4 * width), "mlp.c_proj.bias": (width,)}
+    return {f"{prefix}resblocks.{i}.{name}": shape for i in range(layers)
+            for name, shape in shapes.items()}
+
+
+def clip_shapes(D, width, layers, patch, side, text_width, text_layers):
+    """Names and shapes of the tensors of an OpenAI CLIP with a ViT."""
+    return {"positional_embedding": (77, text_width), "text_projection": (text_width, D),
+            "logit_scale": (), "visual.class_embedding": (width,),
+            "visual.positional_embedding": ((side // patch) ** 2 + 1, width),
+            "visual.proj": (width, D), "visual.conv1.weight": (width, 3, patch, patch),
+            **{f"visual.{name}": (width,) for name in
+               ("ln_pre.weight", "ln_pre.bias", "ln_post.weight", "ln_post.bias")},
+            **blocks_state("visual.transformer.", width, layers),
+            **blocks_state("transformer.", text_width, text_layers),
+            "token_embedding.weight": (49408, text_width),
+            "ln_final.weight": (text_width,), "ln_final.bias": (text_width,)}
+
+
+def fusion_shapes(D, layers=6):
+    return {"frame_position_embeddings.weight": (77, D), **blocks_state("transformer.", D, layers)}
+
+
+def draw(shapes, seed=0):
+    """Random tensors, large enough that each of them matters to the output."""
+    rng = torch.Generator().manual_seed(seed)
+    return {name: (1. if "ln_" in name and name.endswith("weight") else 0.)
+            + torch.randn(shape, generator=rng) * (shape[-1] ** -.5 if len(shape) > 1 else .3)
+            for name, shape in shapes.items()}
+
+
+def norm(x, state, name, eps=1e-5):
+    spread = ((x - x.mean(-1, keepdim=True)) ** 2).mean(-1, keepdim=True)
+    return ((x - x.mean(-1, keepdim=True)) / (spread + eps) ** .5 * state[f"{name}.weight"]
+            + state[f"{name}.bias"])
+
+
+def attend(x, state, name, heads, mask):
+    q, k, v = ((x @ w.T + b).unflatten(-1, (heads, -1)).transpose(1, 2) for w, b in zip(
+        state[f"{name}.in_proj_weight"].chunk(3), state[f"{name}.in_proj_bias"].chunk(3), strict=True))
+    weights = (q @ k.transpose(2, 3) / q.shape[-1] ** .5 + mask).softmax(-1)
+    x = (weights @ v).transpose(1, 2).flatten(2)
+    return x @ state[f"{name}.out_proj.weight"].T + state[f"{name}.out_proj.bias"]
+
+
+def quick(x):
+    return x / (1 + torch.exp(-1.702 * x))
+
+
+def exact(x):
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def transform(x, state, prefix, heads, act, eps=1e-5, mask=0.):
+    layers = len({name.split("resblocks.")[1].split(".")[0] for name in state
+                  if name.startswith(f"{prefix}resblocks.")})
+    for i in range(layers):
+        at = f"{prefix}resblocks.{i}."
+        x = x + attend(norm(x, state, f"{at}ln_1", eps), state, f"{at}attn", heads, mask)
+        h = norm(x, state, f"{at}ln_2", eps) @ state[f"{at}mlp.c_fc.weight"].T
+        h = act(h + state[f"{at}mlp.c_fc.bias"])
+        x = x + h @ state[f"{at}mlp.c_proj.weight"].T + state[f"{at}mlp.c_proj.bias"]
+    return x
+
+
+def hand_images(state, frames, act):
+    """(B, 3, S, S) in 0..1 -> (B, D)"""
+    kernel = state["visual.conv1.weight"]
+    pixels = (frames - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    x = F.unfold(pixels, kernel.shape[-1], stride=kernel.shape[-1]).mT @ kernel.flatten(1).T
+    first = state["visual.class_embedding"].expand(len(x), 1, -1)
+    x = torch.cat([first, x], 1) + state["visual.positional_embedding"]
+    x = transform(norm(x, state, "visual.ln_pre"), state, "visual.transformer.", x.shape[-1] // 64, act)
+    return norm(x[:, 0], state, "visual.ln_post") @ state["visual.proj"]
+
+
+def hand_texts(state, tokens, heads, act):
+    """(B, 77) -> (B, D): the output at the end token, which has the largest id."""
+    mask = torch.full((77, 77), -torch.inf).triu(1)
+    x = state["token_embedding.weight"][tokens] + state["positional_embedding"]
+    x = norm(transform(x, state, "transformer.", heads, act, mask=mask), state, "ln_final")
+    return x[range(len(x)), tokens.argmax(1)] @ state["text_projection"]
+
+
+def hand_fusion(state, f, heads):
+    x = f + state["frame_position_embeddings.weight"][:f.shape[1]]
+    return (transform(x, state, "transformer.", heads, quick, eps=1e-12) + f).mean(1)
+
+
+def assert_near(got, expected, tolerance=1e-5):
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """`ViT-B-32`, made small, so that its tests are quick; another side than 224, D is not 512."""
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-32", dict(
+        embed_dim=96, vision_cfg=dict(image_size=48, layers=2, width=128, patch_size=16),
+        text_cfg=dict(context_length=77, vocab_size=49408, width=192, heads=3, layers=2)))
+    return draw(clip_shapes(**SIZES))
+
+
+def keep(state, path):
+    torch.save(state, path)
+    return path
+
+
+def official(path, state, fusion, dtype=torch.float32):
+    """A checkpoint as ActionCLIP's code writes it."""
+    state = {name: value.to(dtype) for name, value in state.items()}
+    fusion = {f"module.{name}": value for name, value in fusion.items()}
+    return keep({"epoch": 49, "model_state_dict": state, "fusion_model_state_dict": fusion,
+                 "optimizer_state_dict": {"state": {}, "param_groups": []}}, path)
+
+
+def activation(clip):
+    """What stands between the two layers of every MLP."""
+    found = {type(block.mlp.gelu) for block in clip.modules() if hasattr(block, "mlp")}
+    assert len(found) == 1
+    return found.pop()
+
+
+QUICK = open_clip.transformer.QuickGELU
+
+
+# ---- official ActionCLIP checkpoints -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_official_checkpoint_gives_the_official_outputs(tiny, tmp_path, dtype):
+    fusion = draw(fusion_shapes(96), seed=1)
+    path = official(tmp_path / "vit-b-32-8f.pt", tiny, fusion, dtype)
+    model = build_action_clip(f"ViT-B-32:{path}").eval()
+    state = {name: value.to(dtype).float() for name, value in tiny.items()}
+    video, tokens = torch.rand(2, 8, 3, 48, 48), model.prompts(["climb stairs", "run"])
+    with torch.no_grad():
+        frames = hand_images(state, video.flatten(0, 1), quick).unflatten(0, (2, 8))
+        assert_near(model.encode_video(video), hand_fusion(fusion, frames, HEADS))
+        expected = hand_texts(state, tokens.flatten(0, 1), HEADS, quick)
+        assert_near(model.encode_text(tokens), expected.unflatten(0, (16, 2)))
+    assert model.clip.quick_gelu
+    assert all(weight.dtype == torch.float32 for weight in model.parameters())
+
+
+@pytest.mark.parametrize("patch", [16, 32])
+def test_real_backbones_have_the_official_names_and_shapes(patch):
+    config = open_clip.get_model_config(f"ViT-B-{patch}")
+    with torch.device("meta"):
+        clip = open_clip.CLIP(**config)
+    assert {name: tuple(value.shape) for name, value in clip.state_dict().items()} == clip_shapes(
+        D=512, width=768, layers=12, patch=patch, side=224, text_width=512, text_layers=12)
+
+
+def test_an_official_checkpoint_of_another_depth_of_fusion_is_refused(tiny, tmp_path):
+    path = official(tmp_path / "a.pt", tiny, draw(fusion_shapes(96, layers=2)))
+    with pytest.raises(BadInput, match=r"a\.pt.*6 layers.*resblocks"):
+        build_action_clip(f"ViT-B-32:{path}")
+    with pytest.raises(BadInput, match=r"a\.pt.*0 layers"):
+        build_action_clip(f"ViT-B-32:{path}", fusion_layers=0)
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name_of_tensor_and_shapes(tiny, tmp_path):
+    path = official(tmp_path / "a.pt", tiny, draw(fusion_shapes(96)))
+    with pytest.raises(BadInput, match=r"a\.pt does not fit toy-large.*\(77, 192\)|not there|wanted"):
+        build_action_clip(f"toy-large:{path}")
+
+
+# ---- the activation goes with the weights --------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tag", "act"), [("openai", quick), ("laion2b_s34b_b79k", exact),
+                                          ("metaclip_400m", quick), ("laion400m_e31", quick)])
+def test_a_tag_brings_its_own_activation(tiny, tmp_path, monkeypatch, tag, act):
+    path = str(keep(tiny, tmp_path / "a.bin"))  # stands in for the download
+    for module in (open_clip, open_clip.factory):
+        monkeypatch.setattr(module, "download_pretrained", lambda *_, **__: path)
+    clip, tokenizer, _ = build_clip(f"ViT-B-32:{tag}")
+    tokens = tokenizer(["a dog runs"])
+    with torch.no_grad():
+        assert_near(clip.encode_text(tokens), hand_texts(tiny, tokens, HEADS, act))
+    assert clip.quick_gelu == (act is quick)
+    assert (activation(clip) is QUICK) == (act is quick)
+
+
+def test_bare_tensors_take_the_activation_of_the_name(tiny, tmp_path):
+    path = keep(tiny, tmp_path / "a.pt")
+    assert activation(build_clip(f"ViT-B-32:{path}")[0]) is nn.GELU
+    config = open_clip.factory._MODEL_CONFIGS["ViT-B-32"]
+    open_clip.factory._MODEL_CONFIGS["ViT-B-32"] = {**config, "quick_gelu": True}
+    assert activation(build_clip(f"ViT-B-32:{path}")[0]) is QUICK
+
+
+def archive(state, path):
+    """OpenAI's files are TorchScript archives, fp16, with three numbers beside the tensors."""
+    root = nn.Module()
+    for name, value in {**state, "input_resolution": torch.tensor(48), "vocab_size": torch.tensor(9),
+                        "context_length": torch.tensor(77)}.items():
+        *parents, leaf = name.split(".")
+        module = root
+        for parent in parents:
+            if not hasattr(module, parent):
+                module.add_module(parent, nn.Module())
+            module = getattr(module, parent)
+        module.register_buffer(leaf, value.half() if value.is_floating_point() else value)
+    torch.jit.save(torch.jit.script(root), path)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore")  # that TorchScript is deprecated: the files are there all the same
+def test_an_openai_archive_loads_with_quick_gelu(tiny, tmp_path):
+    clip, _, _ = build_clip(f"ViT-B-32:{archive(tiny, tmp_path / 'ViT-B-32.pt')}")
+    assert all(torch.equal(value, tiny[name].half().float()) for name, value in clip.state_dict().items())
+    assert clip.quick_gelu
+    assert activation(clip) is QUICK
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_our_own_checkpoint_says_its_activation(tmp_path, quick_gelu):
+    model = build_action_clip("toy-small:random", fusion_layers=1)
+    path = keep({"model_state_dict": model.clip.state_dict(), "backbone": "toy-small",
+                 "fusion_model_state_dict": model.fusion.state_dict(), "quick_gelu": quick_gelu,
+                 "optimizer_state": None, "rng_state": torch.get_rng_state()}, tmp_path / "last.pt")
+    again = build_action_clip(f"toy-small:{path}", fusion_layers=1)
+    assert again.clip.quick_gelu == quick_gelu
+    assert activation(again.clip) is (QUICK if quick_gelu else nn.GELU)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    assert common.read_weights(path)["backbone"] == "toy-small"
+
+
+def test_our_own_checkpoint_of_the_mean_head_loads_with_the_mean_head_only(tmp_path):
+    model = build_action_clip("toy-small:random", fusion_layers=0)
+    path = keep({"model_state_dict": model.clip.state_dict(), "fusion_model_state_dict": {},
+                 "quick_gelu": False}, tmp_path / "last.pt")
+    assert isinstance(build_action_clip(f"toy-small:{path}", fusion_layers=0).fusion, MeanHead)
+    with pytest.raises(BadInput, match="6 layers"):
+        build_action_clip(f"toy-small:{path}")
+
+
+# ---- TinyCLIP ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "image", "text", "total"), [  # millions; text without embedding
+    ("TinyCLIP-ViT-39M-16-Text-19M", 38.587, 19.217, 83.101),
+    ("TinyCLIP-ViT-8M-16-Text-3M", 8.277, 2.521, 23.446),
+    ("TinyCLIP-ResNet-30M-Text-29M", 29.584, 28.936, 83.817),
+    ("TinyCLIP-ResNet-19M-Text-19M", 18.597, 19.479, 63.373),
+    ("TinyCLIP-ViT-61M-32-Text-29M", 61.411, 28.674, 115.382),
+    ("TinyCLIP-ViT-40M-32-Text-19M", 39.692, 19.217, 84.206)])
+def test_tinyclips_have_the_published_number_of_parameters(name, image, text, total):
+    with torch.device("meta"):
+        clip, _, _ = build_clip(f"{name}:random")
+    sizes = {key: value.numel() / 1e6 for key, value in clip.named_parameters()}
+    assert sum(sizes.values()) == pytest.approx(total, abs=6e-4)
+    seen = sum(size for key, size in sizes.items() if key.startswith("visual."))
+    assert seen == pytest.approx(image, abs=6e-4)
+    words = sizes["token_embedding.weight"]
+    assert sum(sizes.values()) - seen - words == pytest.approx(text, abs=6e-4)
+
+
+@pytest.mark.parametrize("name", [EIGHT, "TinyCLIP-ResNet-19M-Text-19M"])
+def test_a_released_tinyclip_file_loads_strictly(tmp_path, name):
+    state = build_clip(f"{name}:random")[0].state_dict()
+    path = keep({"state_dict": {f"module.{key}": value for key, value in state.items()}},
+                tmp_path / "released.pt")
+    clip, _, _ = build_clip(f"{name}:{path}")
+    assert all(torch.equal(value, state[key]) for key, value in clip.state_dict().items())
+    assert activation(clip) is nn.GELU  # of OpenAI's QuickGELU nothing remains
+    assert not clip.quick_gelu
+
+
+def test_a_tinyclip_computes_with_exact_gelu():
+    clip, tokenizer, _ = build_clip(f"{EIGHT}:random")
+    state, tokens, frames = clip.state_dict(), tokenizer(["a dog runs"]), torch.rand(1, 3, 224, 224)
+    pixels = (frames - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    with torch.no_grad():
+        assert_near(clip.encode_text(tokens), hand_texts(state, tokens, 4, exact))
+        assert_near(clip.encode_image(pixels), hand_images(state, frames, exact))
+
+
+@pytest.mark.parametrize("change", [lambda s: s.pop("visual.proj"), lambda s: s.update(more=torch.ones(2)),
+                                    lambda s: s.update({"visual.proj": torch.ones(3, 3)})],
+                         ids=["one missing", "one too many", "one of another shape"])
+def test_a_file_that_fits_all_but_one_tensor_is_refused(tmp_path, change):
+    state = dict(build_clip("toy-small:random")[0].state_dict())
+    change(state)
+    path = keep({"state_dict": state}, tmp_path / "a.pt")
+    with pytest.raises(BadInput, match=r"a\.pt does not fit toy-small: 1 of .*(visual\.proj|more)"):
+        build_clip(f"toy-small:{path}")
+
+
+# ---- errors that help ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("spec", "help"), [
+    ("ViT-B-33", "ViT-B-32"),
+    ("ViT-B/32:openai", "ViT-B-32"),
+    ("toy-smal", "toy-small"),
+    ("TinyCLIP-auto-ViT-63M-32-Text-31M", ".*".join(common.TINYCLIPS)),
+    ("ViT-B-32:laion3b", "openai.*laion2b_s34b_b79k"),
+    ("ViT-B-32:no/such/file.pt", "no such file"),
+    (f"{EIGHT}:openai", "TinyCLIP-model-zoo"),
+    ("toy-small:nowhere.pt", "no such file")])
+def test_a_wrong_name_tag_or_file_is_told_with_what_would_be_right(spec, help):
+    with pytest.raises(BadInput, match=help) as error:
+        build_clip(spec)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [
+    b"not weights", b"", b"PK\x03\x04 broken", torch.ones(3), [1, 2], {}, {"lr": .1}, {"state_dict": 3},
+    {"model_state_dict": {"a": torch.ones(1)}}, {"a": {"b": torch.ones(1)}}],
+    ids=["text", "empty", "broken zip", "tensor", "list", "empty dict", "numbers", "no state",
+         "half an ActionCLIP", "nested"])
+def test_a_file_of_another_kind_is_refused(tmp_path, content):
+    path = tmp_path / "a.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(BadInput, match=r"a\.pt"):
+        build_clip(f"toy-small:{path}")
+
+
+def test_a_file_that_would_run_code_is_refused_and_does_not_run_it(tmp_path):
+    ran = tmp_path / "ran"
+    bomb = type("Bomb", (), {"__reduce__": lambda _: (open, (str(ran), "w"))})()
+    with pytest.raises(BadInput, match=r"a\.pt"):
+        build_clip(f"toy-small:{keep({'state_dict': bomb}, tmp_path / 'a.pt')}")
+    assert not ran.exists()
+
+
+def test_without_a_network_the_error_is_one_line_and_shows_the_way(tiny, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("Name or service not known\n\nsee https://nowhere")
+
+    for module in (open_clip, open_clip.factory):
+        monkeypatch.setattr(module, "download_pretrained", fail)
+    with pytest.raises(BadInput, match=r"ViT-B-32:openai.*not known.*PATH") as error:
+        build_clip("ViT-B-32:openai")
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_that_cannot_be_had_is_told(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: nn.Module())  # it is slow to build
+    with pytest.raises(BadInput, match=r"ViT-B-16-SigLIP:random.*transformers"):
+        build_clip("ViT-B-16-SigLIP:random")
+
+
+def test_logging_is_as_before_after_an_error():
+    import logging
+    with pytest.raises(BadInput):
+        build_clip("ViT-B-16-SigLIP:nothing")
+    assert logging.root.manager.disable == logging.NOTSET
+
+
+def test_random_weights_are_told_unless_asked_for(tiny, capsys):
+    build_clip("ViT-B-32:random")
+    assert "RANDOM" not in capsys.readouterr().err
+    build_clip("ViT-B-32")
+    assert "RANDOM" in capsys.readouterr().err
+
+
+def test_a_colon_in_the_path_of_a_file_is_no_matter(tmp_path):
+    state = build_clip("toy-small:random")[0].state_dict()
+    path = keep({"state_dict": state}, tmp_path / "epoch:3.pt")
+    assert torch.equal(build_clip(f"toy-small:{path}")[0].visual.proj, state["visual.proj"])
+
+
+# ---- the fusion head -----------------------------------------------------------------------------
+
+
+def test_the_fusion_head_has_the_official_names_and_shapes():
+    head = FusionHead(512, 8)
+    shapes = {name: tuple(value.shape) for name, value in head.state_dict().items()}
+    assert shapes == fusion_shapes(512)
+    assert sum(weight.numel() for weight in head.parameters()) == 18_953_728
+
+
+@pytest.mark.parametrize("frames", [1, 8, 77])
+def test_the_fusion_head_equals_its_closed_form(frames):
+    head, state = FusionHead(64, 4, layers=2).eval(), draw(fusion_shapes(64, 2))
+    head.load_state_dict(state)
+    f = torch.randn(3, frames, 64)
+    with torch.no_grad():
+        assert_near(head(f), hand_fusion(state, f, 4))
+
+
+def test_the_fusion_head_does_not_lose_tiny_embeddings_to_an_eps():
+    # ActionCLIP's eps is 1e-12; the usual 1e-5 is the larger part of the variance of such embeddings
+    state = draw(fusion_shapes(64, 2))
+    state["frame_position_embeddings.weight"] *= 1e-3
+    head, f = FusionHead(64, 4, layers=2).double().eval(), torch.randn(3, 8, 64).double() * 1e-3
+    head.load_state_dict(state)
+    with torch.no_grad():
+        expected = hand_fusion({name: value.double() for name, value in state.items()}, f, 4)
+        assert_near(head(f), expected, 1e-9)
+
+
+def test_an_untrained_fusion_head_stays_near_the_mean_of_its_frames():
+    torch.manual_seed(0)
+    head, f = FusionHead(512, 8), torch.randn(16, 8, 512)
+    with torch.no_grad():
+        assert F.cosine_similarity(head(f), f.mean(1)).mean().item() == pytest.approx(.86, abs=.03)
+
+
+def test_an_untrained_fusion_head_has_the_official_spreads():
+    torch.manual_seed(0)
+    for name, value in FusionHead(512, 8).state_dict().items():
+        if name.endswith("in_proj_weight"):  # xavier: nn.Linear's init does not reach it
+            assert value.std().item() == pytest.approx((2 / (512 + 3 * 512)) ** .5, rel=.02), name
+        elif value.ndim > 1:
+            assert value.std().item() == pytest.approx(.02, rel=.02), name
+        else:
+            assert (value == (1 if "ln_" in name and "weight" in name else 0)).all(), name
+
+
+def test_the_fusion_head_sees_the_order_of_frames_by_its_positions_only():
+    torch.manual_seed(0)
+    head, f = FusionHead(64, 1, layers=2, position_std=.5).eval(), torch.randn(2, 8, 64)
+    with torch.no_grad():
+        assert (head(f) - head(f.flip(1))).abs().max() > .01
+        nn.init.zeros_(head.frame_position_embeddings.weight)
+        torch.testing.assert_close(head(f), head(f.flip(1)))
+
+
+def test_the_mean_head_is_blind_to_the_order_of_frames():
+    f = torch.randn(2, 8, 64)
+    torch.testing.assert_close(MeanHead()(f), MeanHead()(f[:, torch.randperm(8)]))
+    assert not list(MeanHead().parameters())
+
+
+@pytest.mark.parametrize(("name", "heads"), [("toy-large", 1), (EIGHT, 4), ("tiny", HEADS)])
+def test_the_fusion_head_has_one_attention_head_per_64_of_the_text_tower(tiny, name, heads):
+    # and not per 64 of D: of EIGHT D is 512 and the text tower 256 wide
+    model = build_action_clip(f"{name if name in CLIPS else 'ViT-B-32'}:random", fusion_layers=1)
+    assert model.fusion.transformer.resblocks[0].attn.num_heads == heads
+
+
+# ---- ActionCLIP ----------------------------------------------------------------------------------
+
+
+def test_the_prompts_are_actionclips_sixteen():
+    assert " | ".join(common.PROMPTS) == (
+        "a photo of action {} | a picture of action {} | Human action of {} | {}, an action | "
+        "{} this is an action | {}, a video of action | Playing action of {} | {} | "
+        "Playing a kind of action, {} | Doing a kind of action, {} | Look, the human is {} | "
+        "Can you recognize the action of {}? | Video classification of {} | A video of {} | "
+        "The man is {} | The woman is {}")
+
+
+def test_prompts_are_template_major_and_keep_strange_names():
+    model, names = build_action_clip("toy-small:random", 1), ["run", "{jump} 100% {}"]
+    tokens = model.prompts(names)
+    assert tokens.shape == (16, 2, 20)
+    for prompt, row in zip(common.PROMPTS, tokens, strict=True):
+        for name, got in zip(names, row, strict=True):
+            assert torch.equal(got, model.tokenizer([prompt.replace("{}", name, 1)])[0])
+
+
+@pytest.mark.parametrize(("name", "width"), [("toy-small", 48), ("toy-large", 64)])
+def test_nothing_depends_on_a_width_of_512(name, width):
+    model = build_action_clip(f"{name}:random")
+    video, text, scale = model(torch.rand(2, 3, 3, model.size, model.size), model.prompts(["a"])[:2, 0])
+    assert (model.width, video.shape, text.shape) == (width, (2, width), (2, width))
+    assert scale.item() == pytest.approx(1 / .07, rel=1e-4)
+
+
+def test_many_texts_embed_as_few_do():
+    model = build_action_clip("toy-small:random", 1).eval()
+    tokens = model.prompts([f"action {i}" for i in range(40)])  # 640, more than go in one part
+    with torch.no_grad():
+        text = model.encode_text(tokens)
+        torch.testing.assert_close(text[15, 39], model.clip.encode_text(tokens[15, 39:])[0])
+    assert text.shape == (16, 40, 48)
+
+
+def test_embeddings_are_not_normalised():
+    model = build_action_clip("toy-small:random", 0)
+    with torch.no_grad():
+        lengths = model.encode_video(torch.rand(4, 2, 3, 32, 32)).norm(dim=-1)
+    assert lengths.std() > 1e-4
+
+
+def test_every_weight_but_what_nothing_reads_gets_a_gradient():
+    model = build_action_clip("toy-small:random", 1)
+    video, text, scale = model(torch.rand(2, 3, 3, 32, 32), model.prompts(["a", "b"])[0])
+    (scale * video * text).sum().backward()
+    assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
+
+
+def test_the_state_of_the_model_is_that_of_its_parts():
+    # pixel mean and std stay out of checkpoints, whose halves have the official names
+    names = build_action_clip("toy-small:random", 1).state_dict()
+    assert {name.partition(".")[0] for name in names} == {"clip", "fusion"}
+
+
+# ---- the toy CLIP --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(cache):
+    return build_clip("toy-small", cache)
+
+
+def test_the_toy_clip_is_trained_once_and_then_read(cache, trained):
+    before = {path: path.stat().st_mtime_ns for path in cache.glob("toy-small*")}
+    again, _, _ = build_clip("toy-small", cache)
+    assert len(before) == 1
+    assert {path: path.stat().st_mtime_ns for path in cache.glob("toy-small*")} == before
+    assert all(torch.equal(value, again.state_dict()[name])
+               for name, value in trained[0].state_dict().items())
+
+
+def test_the_toy_clip_finds_the_captions_of_stills_that_it_never_saw(trained):
+    import numpy as np
+    clip, tokenizer, _ = trained
+    rng = np.random.default_rng(99)
+    truths = [common.toy_truth(rng, "growing", str(rng.choice(common.SCENES))) for _ in range(64)]
+    stills = np.stack([common.toy_clip(truth, 1, 32)[0] for truth in truths])
+    captions = [common.toy_caption(truth) for truth in truths]
+    pixels = torch.from_numpy(stills).permute(0, 3, 1, 2) / 255
+    pixels = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    with torch.no_grad():
+        image, text = clip.eval().encode_image(pixels, True), clip.encode_text(tokenizer(captions), True)
+    found = (image @ text.T).argmax(1)
+    right = np.mean([captions[j] == caption for j, caption in zip(found, captions, strict=True)])
+    print("RIGHT", right)
+    assert right > .5  # chance is about 1 in 60
