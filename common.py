@@ -186,8 +186,9 @@ class VideoData(NamedTuple):
 
 
 FORMATS = ("the formats are: HMDB51 as released (testTrainMulti_7030_splits/ beside class "
-           "folders), UCF101 as released (ucfTrainTestlist/ beside class folders or UCF-101/), train1.csv + "
-           "test1.csv or train.csv + test.csv (header path,label), train/CLASS/* + test/CLASS/*")
+           "folders), UCF101 as released (ucfTrainTestlist/ beside class folders or UCF-101/), "
+           "train1.csv + test1.csv or train.csv + test.csv (header path,label), "
+           "train/CLASS/* + test/CLASS/*")
 
 
 def words(name):

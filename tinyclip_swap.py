@@ -408,8 +408,9 @@ def table(results):
                          + ", ".join(f"{key} x{r[key] / big[key]:.2f}" for key in
                                      ("gmac", "ms", "ms_decode", "clips_per_s", "peak_mb"))
                          + f", top-1 {100 * (r['top1'] - big['top1']):+.1f} points")
-    lines.append("Time follows tokens as much as parameters: a frame of 224 pixels is 196 tokens at "
-                 "patch 16,\n49 at patch 32; on a CPU TinyCLIP-ViT-8M-16 is no faster than 40M-32.")
+    lines.append("Time follows tokens as much as parameters: a frame of 224 pixels is 196 tokens "
+                 "at patch 16,\n49 at patch 32; on a CPU TinyCLIP-ViT-8M-16 is no faster than "
+                 "40M-32.")
     return "\n".join(lines)
 
 
@@ -542,6 +543,8 @@ def main(argv=None):
                         "gflop_training": gflop, **numbers}
         if arm == "large":
             large = model.eval().requires_grad_(False)  # from here on it only teaches
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if rank:
         return results
 

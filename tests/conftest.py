@@ -1,4 +1,7 @@
 """Fixtures that several test files share. One thread: two beside another process are slower."""
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,12 +10,18 @@ import torch
 import common
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """The folder for what is made once: toy clips, toy CLIPs."""
-    return tmp_path_factory.mktemp("cache")
+def out(tmp_path_factory):
+    """The --out folder of the session's runs; what is made once lies in its cache."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def cache(out):
+    return out / "cache"
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +35,16 @@ def toy(tmp_path_factory):
 @pytest.fixture(scope="session")
 def shared():
     """Real clips that are not part of the project."""
-    folder = Path(__file__).parents[2] / "shared" / "data"
+    folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("no real clips beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def run_script():
+    """run_script("name.py", flag, ...) runs a script as a process of its own; -> what it did."""
+    def run(*command, python=(sys.executable,), **environment):
+        return subprocess.run([*python, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
+                              timeout=600, env={**os.environ, "HF_HUB_OFFLINE": "1", **environment})
+    return run

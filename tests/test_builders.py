@@ -1,11 +1,13 @@
-"""The builders of common.py: are the networks those of the papers, and do files load as they should?
+"""The builders of common.py: are the networks those of the papers, do files load as they should?
 
-The networks of CLIP and ActionCLIP are written out below once more, by hand, as functions of a state
-dict with the official names. Activations, masks, LayerNorm's eps and the like load without a word when
-they are wrong; only a comparison of outputs tells.
+CLIP and ActionCLIP are written out below once more, by hand, as functions of a state dict with the
+official names. A wrong activation, mask or eps loads without a word; only outputs tell.
 """
+import contextlib
+import logging
 import math
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -15,10 +17,13 @@ from torch import nn
 import common
 from common import CLIPS, BadInput, FusionHead, MeanHead, build_action_clip, build_clip
 
-EIGHT, SIXTEEN_M = "TinyCLIP-ViT-8M-16-Text-3M", "TinyCLIP-ResNet-19M-Text-19M"
-MEAN, STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)  # of CLIP's pixels
-SIZES = dict(D=96, width=128, layers=2, patch=16, side=48, text_width=192, text_layers=2)
-HEADS = 3  # text width // 64, in the text tower as in the fusion head; the image tower has width // 64
+QUICK = open_clip.transformer.QuickGELU
+EIGHT = "TinyCLIP-ViT-8M-16-Text-3M"
+MEAN = torch.tensor([.48145466, .4578275, .40821073]).view(3, 1, 1)  # of CLIP's pixels
+STD = torch.tensor([.26862954, .26130258, .27577711]).view(3, 1, 1)
+SIZES = {"D": 96, "width": 128, "layers": 2, "patch": 16, "side": 48,
+         "text_width": 192, "text_layers": 2}
+HEADS = 3  # of the text tower and of the fusion head: text width // 64
 
 
 # ---- CLIP and ActionCLIP, by hand ----------------------------------------------------------------
@@ -68,8 +73,8 @@ def norm(x, state, name, eps=1e-5):
 
 
 def attend(x, state, name, heads, mask):
-    q, k, v = ((x @ w.T + b).unflatten(-1, (heads, -1)).transpose(1, 2) for w, b in zip(
-        state[f"{name}.in_proj_weight"].chunk(3), state[f"{name}.in_proj_bias"].chunk(3), strict=True))
+    x = x @ state[f"{name}.in_proj_weight"].T + state[f"{name}.in_proj_bias"]
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in x.chunk(3, -1))
     weights = (q @ k.transpose(2, 3) / q.shape[-1] ** .5 + mask).softmax(-1)
     x = (weights @ v).transpose(1, 2).flatten(2)
     return x @ state[f"{name}.out_proj.weight"].T + state[f"{name}.out_proj.bias"]
@@ -98,11 +103,12 @@ def transform(x, state, prefix, heads, act, eps=1e-5, mask=0.):
 def hand_images(state, frames, act):
     """(B, 3, S, S) in 0..1 -> (B, D)"""
     kernel = state["visual.conv1.weight"]
-    pixels = (frames - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    x = F.unfold(pixels, kernel.shape[-1], stride=kernel.shape[-1]).mT @ kernel.flatten(1).T
+    patches = F.unfold((frames - MEAN) / STD, kernel.shape[-1], stride=kernel.shape[-1]).mT
+    x = patches @ kernel.flatten(1).T
     first = state["visual.class_embedding"].expand(len(x), 1, -1)
     x = torch.cat([first, x], 1) + state["visual.positional_embedding"]
-    x = transform(norm(x, state, "visual.ln_pre"), state, "visual.transformer.", x.shape[-1] // 64, act)
+    x, heads = norm(x, state, "visual.ln_pre"), x.shape[-1] // 64
+    x = transform(x, state, "visual.transformer.", heads, act)
     return norm(x[:, 0], state, "visual.ln_post") @ state["visual.proj"]
 
 
@@ -127,9 +133,11 @@ def assert_near(got, expected, tolerance=1e-5):
 @pytest.fixture
 def tiny(monkeypatch):
     """`ViT-B-32`, made small, so that its tests are quick; another side than 224, D is not 512."""
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-32", dict(
-        embed_dim=96, vision_cfg=dict(image_size=48, layers=2, width=128, patch_size=16),
-        text_cfg=dict(context_length=77, vocab_size=49408, width=192, heads=3, layers=2)))
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-32", {
+        "embed_dim": 96,
+        "vision_cfg": {"image_size": 48, "layers": 2, "width": 128, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 192, "heads": 3,
+                     "layers": 2}})
     return draw(clip_shapes(**SIZES))
 
 
@@ -146,14 +154,15 @@ def official(path, state, fusion, dtype=torch.float32):
                  "optimizer_state_dict": {"state": {}, "param_groups": []}}, path)
 
 
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
 def activation(clip):
     """What stands between the two layers of every MLP."""
     found = {type(block.mlp.gelu) for block in clip.modules() if hasattr(block, "mlp")}
     assert len(found) == 1
     return found.pop()
-
-
-QUICK = open_clip.transformer.QuickGELU
 
 
 # ---- official ActionCLIP checkpoints -------------------------------------------------------------
@@ -186,16 +195,16 @@ def test_real_backbones_have_the_official_names_and_shapes(patch):
 
 def test_an_official_checkpoint_of_another_depth_of_fusion_is_refused(tiny, tmp_path):
     path = official(tmp_path / "a.pt", tiny, draw(fusion_shapes(96, layers=2)))
-    with pytest.raises(BadInput, match=r"a\.pt.*6 layers.*resblocks"):
-        build_action_clip(f"ViT-B-32:{path}")
-    with pytest.raises(BadInput, match=r"a\.pt.*0 layers"):
-        build_action_clip(f"ViT-B-32:{path}", fusion_layers=0)
+    for layers in (6, 0):
+        with pytest.raises(BadInput, match=rf"a\.pt.*{layers} layers"):
+            build_action_clip(f"ViT-B-32:{path}", layers)
 
 
-def test_a_checkpoint_of_another_model_is_refused_by_name_of_tensor_and_shapes(tiny, tmp_path):
-    path = official(tmp_path / "a.pt", tiny, draw(fusion_shapes(96)))
-    with pytest.raises(BadInput, match=r"a\.pt does not fit toy-large.*\(77, 192\)|not there|wanted"):
-        build_action_clip(f"toy-large:{path}")
+def test_a_checkpoint_of_another_model_is_refused_with_a_tensor_and_both_its_shapes(tmp_path):
+    state = build_clip("toy-small:random")[0].state_dict()
+    path = keep({"state_dict": state}, tmp_path / "a.pt")
+    with pytest.raises(BadInput, match=r"a\.pt.*toy-large.*ln_final.*\(48,\).*\(64,\)"):
+        build_clip(f"toy-large:{path}")
 
 
 # ---- the activation goes with the weights --------------------------------------------------------
@@ -204,9 +213,8 @@ def test_a_checkpoint_of_another_model_is_refused_by_name_of_tensor_and_shapes(t
 @pytest.mark.parametrize(("tag", "act"), [("openai", quick), ("laion2b_s34b_b79k", exact),
                                           ("metaclip_400m", quick), ("laion400m_e31", quick)])
 def test_a_tag_brings_its_own_activation(tiny, tmp_path, monkeypatch, tag, act):
-    path = str(keep(tiny, tmp_path / "a.bin"))  # stands in for the download
-    for module in (open_clip, open_clip.factory):
-        monkeypatch.setattr(module, "download_pretrained", lambda *_, **__: path)
+    tags = open_clip.pretrained._PRETRAINED["ViT-B-32"]  # a file in place of the download
+    monkeypatch.setitem(tags, tag, {**tags[tag], "file": str(keep(tiny, tmp_path / "a.bin"))})
     clip, tokenizer, _ = build_clip(f"ViT-B-32:{tag}")
     tokens = tokenizer(["a dog runs"])
     with torch.no_grad():
@@ -218,16 +226,15 @@ def test_a_tag_brings_its_own_activation(tiny, tmp_path, monkeypatch, tag, act):
 def test_bare_tensors_take_the_activation_of_the_name(tiny, tmp_path):
     path = keep(tiny, tmp_path / "a.pt")
     assert activation(build_clip(f"ViT-B-32:{path}")[0]) is nn.GELU
-    config = open_clip.factory._MODEL_CONFIGS["ViT-B-32"]
-    open_clip.factory._MODEL_CONFIGS["ViT-B-32"] = {**config, "quick_gelu": True}
+    open_clip.factory._MODEL_CONFIGS["ViT-B-32"]["quick_gelu"] = True  # as ViT-B-32-quickgelu
     assert activation(build_clip(f"ViT-B-32:{path}")[0]) is QUICK
 
 
 def archive(state, path):
     """OpenAI's files are TorchScript archives, fp16, with three numbers beside the tensors."""
     root = nn.Module()
-    for name, value in {**state, "input_resolution": torch.tensor(48), "vocab_size": torch.tensor(9),
-                        "context_length": torch.tensor(77)}.items():
+    numbers = dict.fromkeys(("input_resolution", "context_length", "vocab_size"), torch.tensor(9))
+    for name, value in {**state, **numbers}.items():
         *parents, leaf = name.split(".")
         module = root
         for parent in parents:
@@ -239,10 +246,10 @@ def archive(state, path):
     return path
 
 
-@pytest.mark.filterwarnings("ignore")  # that TorchScript is deprecated: the files are there all the same
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated; the files are still around
 def test_an_openai_archive_loads_with_quick_gelu(tiny, tmp_path):
     clip, _, _ = build_clip(f"ViT-B-32:{archive(tiny, tmp_path / 'ViT-B-32.pt')}")
-    assert all(torch.equal(value, tiny[name].half().float()) for name, value in clip.state_dict().items())
+    assert same({name: value.half().float() for name, value in tiny.items()}, clip.state_dict())
     assert clip.quick_gelu
     assert activation(clip) is QUICK
 
@@ -256,7 +263,7 @@ def test_our_own_checkpoint_says_its_activation(tmp_path, quick_gelu):
     again = build_action_clip(f"toy-small:{path}", fusion_layers=1)
     assert again.clip.quick_gelu == quick_gelu
     assert activation(again.clip) is (QUICK if quick_gelu else nn.GELU)
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    assert same(model.state_dict(), again.state_dict())
     assert common.read_weights(path)["backbone"] == "toy-small"
 
 
@@ -272,22 +279,25 @@ def test_our_own_checkpoint_of_the_mean_head_loads_with_the_mean_head_only(tmp_p
 # ---- TinyCLIP ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "image", "text", "total"), [  # millions; text without embedding
-    ("TinyCLIP-ViT-39M-16-Text-19M", 38.587, 19.217, 83.101),
-    ("TinyCLIP-ViT-8M-16-Text-3M", 8.277, 2.521, 23.446),
-    ("TinyCLIP-ResNet-30M-Text-29M", 29.584, 28.936, 83.817),
-    ("TinyCLIP-ResNet-19M-Text-19M", 18.597, 19.479, 63.373),
-    ("TinyCLIP-ViT-61M-32-Text-29M", 61.411, 28.674, 115.382),
-    ("TinyCLIP-ViT-40M-32-Text-19M", 39.692, 19.217, 84.206)])
-def test_tinyclips_have_the_published_number_of_parameters(name, image, text, total):
+SIX = {  # parameters in millions: image tower, text tower without its embedding, all
+    "TinyCLIP-ViT-39M-16-Text-19M": (38.587, 19.217, 83.101),
+    "TinyCLIP-ViT-8M-16-Text-3M": (8.277, 2.521, 23.446),
+    "TinyCLIP-ResNet-30M-Text-29M": (29.584, 28.936, 83.817),
+    "TinyCLIP-ResNet-19M-Text-19M": (18.597, 19.479, 63.373),
+    "TinyCLIP-ViT-61M-32-Text-29M": (61.411, 28.674, 115.382),
+    "TinyCLIP-ViT-40M-32-Text-19M": (39.692, 19.217, 84.206)}
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_tinyclips_have_the_published_number_of_parameters(name):
     with torch.device("meta"):
         clip, _, _ = build_clip(f"{name}:random")
     sizes = {key: value.numel() / 1e6 for key, value in clip.named_parameters()}
-    assert sum(sizes.values()) == pytest.approx(total, abs=6e-4)
-    seen = sum(size for key, size in sizes.items() if key.startswith("visual."))
-    assert seen == pytest.approx(image, abs=6e-4)
-    words = sizes["token_embedding.weight"]
-    assert sum(sizes.values()) - seen - words == pytest.approx(text, abs=6e-4)
+    image = sum(size for key, size in sizes.items() if key.startswith("visual."))
+    text = sum(sizes.values()) - image - sizes["token_embedding.weight"]
+    assert (image, text, sum(sizes.values())) == pytest.approx(SIX[name], abs=6e-4)
+    heads = [m for m in clip.modules() if isinstance(m, nn.MultiheadAttention)]
+    assert all(m.head_dim == 64 for m in heads)  # the number of parameters does not tell heads
 
 
 @pytest.mark.parametrize("name", [EIGHT, "TinyCLIP-ResNet-19M-Text-19M"])
@@ -296,7 +306,7 @@ def test_a_released_tinyclip_file_loads_strictly(tmp_path, name):
     path = keep({"state_dict": {f"module.{key}": value for key, value in state.items()}},
                 tmp_path / "released.pt")
     clip, _, _ = build_clip(f"{name}:{path}")
-    assert all(torch.equal(value, state[key]) for key, value in clip.state_dict().items())
+    assert same(state, clip.state_dict())
     assert activation(clip) is nn.GELU  # of OpenAI's QuickGELU nothing remains
     assert not clip.quick_gelu
 
@@ -304,20 +314,20 @@ def test_a_released_tinyclip_file_loads_strictly(tmp_path, name):
 def test_a_tinyclip_computes_with_exact_gelu():
     clip, tokenizer, _ = build_clip(f"{EIGHT}:random")
     state, tokens, frames = clip.state_dict(), tokenizer(["a dog runs"]), torch.rand(1, 3, 224, 224)
-    pixels = (frames - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     with torch.no_grad():
         assert_near(clip.encode_text(tokens), hand_texts(state, tokens, 4, exact))
-        assert_near(clip.encode_image(pixels), hand_images(state, frames, exact))
+        assert_near(clip.encode_image((frames - MEAN) / STD), hand_images(state, frames, exact))
 
 
-@pytest.mark.parametrize("change", [lambda s: s.pop("visual.proj"), lambda s: s.update(more=torch.ones(2)),
-                                    lambda s: s.update({"visual.proj": torch.ones(3, 3)})],
-                         ids=["one missing", "one too many", "one of another shape"])
+@pytest.mark.parametrize("change", [
+    lambda state: state.pop("visual.proj"), lambda state: state.update(more=torch.ones(2)),
+    lambda state: state.update({"visual.proj": torch.ones(3, 3)})],
+    ids=["one missing", "one too many", "one of another shape"])
 def test_a_file_that_fits_all_but_one_tensor_is_refused(tmp_path, change):
     state = dict(build_clip("toy-small:random")[0].state_dict())
     change(state)
     path = keep({"state_dict": state}, tmp_path / "a.pt")
-    with pytest.raises(BadInput, match=r"a\.pt does not fit toy-small: 1 of .*(visual\.proj|more)"):
+    with pytest.raises(BadInput, match=r"a\.pt.* 1 tensor.*(visual\.proj|more)"):
         build_clip(f"toy-small:{path}")
 
 
@@ -328,11 +338,11 @@ def test_a_file_that_fits_all_but_one_tensor_is_refused(tmp_path, change):
     ("ViT-B-33", "ViT-B-32"),
     ("ViT-B/32:openai", "ViT-B-32"),
     ("toy-smal", "toy-small"),
-    ("TinyCLIP-auto-ViT-63M-32-Text-31M", ".*".join(common.TINYCLIPS)),
+    ("TinyCLIP-auto-ViT-63M-32-Text-31M", ".*".join(SIX)),
     ("ViT-B-32:laion3b", "openai.*laion2b_s34b_b79k"),
-    ("ViT-B-32:no/such/file.pt", "no such file"),
+    ("ViT-B-32:no/such/file.pt", "no/such/file.pt"),
     (f"{EIGHT}:openai", "TinyCLIP-model-zoo"),
-    ("toy-small:nowhere.pt", "no such file")])
+    ("toy-small:nowhere.pt", "nowhere.pt")])
 def test_a_wrong_name_tag_or_file_is_told_with_what_would_be_right(spec, help):
     with pytest.raises(BadInput, match=help) as error:
         build_clip(spec)
@@ -340,10 +350,11 @@ def test_a_wrong_name_tag_or_file_is_told_with_what_would_be_right(spec, help):
 
 
 @pytest.mark.parametrize("content", [
-    b"not weights", b"", b"PK\x03\x04 broken", torch.ones(3), [1, 2], {}, {"lr": .1}, {"state_dict": 3},
+    b"not weights", b"", b"PK\x03\x04 broken", torch.ones(3), [1], {}, {"a": 1}, {"state_dict": 3},
     {"model_state_dict": {"a": torch.ones(1)}}, {"a": {"b": torch.ones(1)}}],
     ids=["text", "empty", "broken zip", "tensor", "list", "empty dict", "numbers", "no state",
          "half an ActionCLIP", "nested"])
+@pytest.mark.filterwarnings("ignore")
 def test_a_file_of_another_kind_is_refused(tmp_path, content):
     path = tmp_path / "a.pt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
@@ -359,26 +370,29 @@ def test_a_file_that_would_run_code_is_refused_and_does_not_run_it(tmp_path):
     assert not ran.exists()
 
 
-def test_without_a_network_the_error_is_one_line_and_shows_the_way(tiny, monkeypatch):
+@pytest.fixture
+def offline(monkeypatch):
     def fail(*_, **__):
         raise OSError("Name or service not known\n\nsee https://nowhere")
 
     for module in (open_clip, open_clip.factory):
         monkeypatch.setattr(module, "download_pretrained", fail)
-    with pytest.raises(BadInput, match=r"ViT-B-32:openai.*not known.*PATH") as error:
+
+
+def test_without_a_network_the_error_is_one_line_and_shows_the_way(tiny, offline):
+    with pytest.raises(BadInput, match=r"ViT-B-32:openai.*not known.*NAME:FILE") as error:
         build_clip("ViT-B-32:openai")
     assert "\n" not in str(error.value)
 
 
 def test_a_tokenizer_that_cannot_be_had_is_told(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: nn.Module())  # it is slow to build
+    monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: nn.Module())  # slow to build
     with pytest.raises(BadInput, match=r"ViT-B-16-SigLIP:random.*transformers"):
         build_clip("ViT-B-16-SigLIP:random")
 
 
 def test_logging_is_as_before_after_an_error():
-    import logging
     with pytest.raises(BadInput):
         build_clip("ViT-B-16-SigLIP:nothing")
     assert logging.root.manager.disable == logging.NOTSET
@@ -395,6 +409,38 @@ def test_a_colon_in_the_path_of_a_file_is_no_matter(tmp_path):
     state = build_clip("toy-small:random")[0].state_dict()
     path = keep({"state_dict": state}, tmp_path / "epoch:3.pt")
     assert torch.equal(build_clip(f"toy-small:{path}")[0].visual.proj, state["visual.proj"])
+
+
+@pytest.mark.xfail(strict=True, reason="open")
+def test_a_file_wins_over_a_tag_of_the_same_name(tiny, tmp_path, monkeypatch, offline):
+    monkeypatch.chdir(tmp_path)
+    keep(tiny, "openai")
+    assert same(tiny, build_clip("ViT-B-32:openai")[0].state_dict())
+
+
+def test_pixels_are_normalised_as_the_tag_says(tiny, tmp_path, monkeypatch):
+    path = str(keep(tiny, tmp_path / "a.bin"))
+    tag = {"file": path, "mean": (0., 0., 0.), "std": (1., 1., 1.)}  # as MobileCLIP2-S0's
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED["ViT-B-32"], "plain", tag)
+    model, video = build_action_clip("ViT-B-32:plain", 0).eval(), torch.rand(2, 1, 3, 48, 48)
+    with torch.no_grad():
+        assert_near(model.encode_video(video), hand_images(tiny, video[:, 0] * STD + MEAN, exact))
+
+
+@pytest.mark.xfail(strict=True, reason="open")
+def test_a_file_is_normalised_as_all_tags_of_its_name_are(tiny, tmp_path, monkeypatch):
+    # else a checkpoint of a MobileCLIP2-S0 or a SigLIP is tested on other pixels than it learnt
+    path = keep(tiny, tmp_path / "a.pt")
+    tag = {"file": str(path), "mean": (0., 0., 0.), "std": (1., 1., 1.)}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "ViT-B-32", {"plain": tag})
+    assert tuple(build_clip(f"ViT-B-32:{path}")[0].visual.image_mean) == (0, 0, 0)
+
+
+@pytest.mark.xfail(strict=True, reason="open")
+def test_the_advice_to_download_names_the_model_whose_activation_is_right(tiny, offline):
+    # as a file OpenAI's weights do not tell their activation: ViT-B-32:FILE would take GELU
+    with pytest.raises(BadInput, match=r"ViT-B-32-quickgelu:"):
+        build_clip("ViT-B-32:openai")
 
 
 # ---- the fusion head -----------------------------------------------------------------------------
@@ -417,7 +463,7 @@ def test_the_fusion_head_equals_its_closed_form(frames):
 
 
 def test_the_fusion_head_does_not_lose_tiny_embeddings_to_an_eps():
-    # ActionCLIP's eps is 1e-12; the usual 1e-5 is the larger part of the variance of such embeddings
+    # theirs is 1e-12; the usual 1e-5 would be ten times the variance of such embeddings
     state = draw(fusion_shapes(64, 2))
     state["frame_position_embeddings.weight"] *= 1e-3
     head, f = FusionHead(64, 4, layers=2).double().eval(), torch.randn(3, 8, 64).double() * 1e-3
@@ -491,7 +537,7 @@ def test_prompts_are_template_major_and_keep_strange_names():
 @pytest.mark.parametrize(("name", "width"), [("toy-small", 48), ("toy-large", 64)])
 def test_nothing_depends_on_a_width_of_512(name, width):
     model = build_action_clip(f"{name}:random")
-    video, text, scale = model(torch.rand(2, 3, 3, model.size, model.size), model.prompts(["a"])[:2, 0])
+    video, text, scale = model(torch.rand(2, 3, 3, 32, 32), model.prompts(["a"])[:2, 0])
     assert (model.width, video.shape, text.shape) == (width, (2, width), (2, width))
     assert scale.item() == pytest.approx(1 / .07, rel=1e-4)
 
@@ -510,6 +556,31 @@ def test_embeddings_are_not_normalised():
     with torch.no_grad():
         lengths = model.encode_video(torch.rand(4, 2, 3, 32, 32)).norm(dim=-1)
     assert lengths.std() > 1e-4
+
+
+@pytest.mark.xfail(strict=True, reason="open")
+def test_embeddings_of_a_coca_are_not_normalised_either(monkeypatch):
+    text = {"context_length": 76, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "coca_ViT-B-32", {
+        "embed_dim": 64, "custom_text": True,
+        "text_cfg": {**text, "embed_cls": True, "output_tokens": True},
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16,
+                       "attentional_pool": True, "attn_pooler_heads": 1, "output_tokens": True},
+        "multimodal_cfg": {**text, "attn_pooler_heads": 1}})
+    model = build_action_clip("coca_ViT-B-32:random", 0).eval()
+    with torch.no_grad():
+        assert model.encode_video(torch.rand(4, 1, 3, 32, 32)).norm(dim=-1).std() > 1e-4
+
+
+@pytest.mark.xfail(strict=True, reason="open")
+def test_a_width_that_the_heads_do_not_divide_works_or_is_told(monkeypatch):
+    # of open_clip's: coca_base, EVA01-g-14, EVA02-E-14-plus, ViT-gopt-16-SigLIP2
+    config = {"embed_dim": 64, "vision_cfg": {"image_size": 32, "layers": 1, "width": 64,
+                                              "patch_size": 16},
+              "text_cfg": {"width": 192, "heads": 3, "layers": 1}}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-32", config)
+    with contextlib.suppress(BadInput):
+        build_action_clip("ViT-B-32:random")
 
 
 def test_every_weight_but_what_nothing_reads_gets_a_gradient():
@@ -538,22 +609,19 @@ def test_the_toy_clip_is_trained_once_and_then_read(cache, trained):
     again, _, _ = build_clip("toy-small", cache)
     assert len(before) == 1
     assert {path: path.stat().st_mtime_ns for path in cache.glob("toy-small*")} == before
-    assert all(torch.equal(value, again.state_dict()[name])
-               for name, value in trained[0].state_dict().items())
+    assert same(trained[0].state_dict(), again.state_dict())
 
 
 def test_the_toy_clip_finds_the_captions_of_stills_that_it_never_saw(trained):
-    import numpy as np
     clip, tokenizer, _ = trained
     rng = np.random.default_rng(99)
     truths = [common.toy_truth(rng, "growing", str(rng.choice(common.SCENES))) for _ in range(64)]
-    stills = np.stack([common.toy_clip(truth, 1, 32)[0] for truth in truths])
+    stills = np.stack([common.toy_clip(truth, 3, 32)[0][1] for truth in truths])
     captions = [common.toy_caption(truth) for truth in truths]
-    pixels = torch.from_numpy(stills).permute(0, 3, 1, 2) / 255
-    pixels = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    pixels = (torch.from_numpy(stills).permute(0, 3, 1, 2) / 255 - MEAN) / STD
     with torch.no_grad():
-        image, text = clip.eval().encode_image(pixels, True), clip.encode_text(tokenizer(captions), True)
+        image = clip.encode_image(pixels, normalize=True)
+        text = clip.encode_text(tokenizer(captions), normalize=True)
     found = (image @ text.T).argmax(1)
     right = np.mean([captions[j] == caption for j, caption in zip(found, captions, strict=True)])
-    print("RIGHT", right)
-    assert right > .5  # chance is about 1 in 60
+    assert right > .6  # chance is about 1 in 60
