@@ -166,9 +166,11 @@ def cached(cache, name, make, *sources):
         part = path.with_name(f"part-{os.getpid()}-{path.name}")
         try:
             make(part)
-            part.rename(path)
+            with contextlib.suppress(OSError):  # another process was first
+                part.rename(path)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+            part.unlink(missing_ok=True)
     return path
 
 
@@ -568,8 +570,9 @@ def build_clip(spec, cache="runs/cache"):
     NAME: one of CLIPS or a name that open_clip knows. WEIGHTS: a tag of open_clip's (`openai`,
     `laion2b_s34b_b79k`, ...), a file that read_weights knows, or `random`. Without it the toy CLIPs
     come pre-trained from the cache; any other is random, and stderr says so. The activation goes
-    with the weights: QuickGELU for OpenAI's, GELU for TinyCLIP's and LAION's (mixing them loads
-    without a word and costs accuracy); clip.quick_gelu tells. Strict. Raises BadInput.
+    with the weights (QuickGELU for OpenAI's, GELU for TinyCLIP's and LAION-2B's; mixing them loads
+    without a word and costs accuracy) or, for a bare file, with NAME: clip.quick_gelu tells. So do
+    mean and std of the pixels. Loads strictly. Raises BadInput.
     """
     name, _, weights = spec.partition(":")
     if name not in CLIPS and name not in open_clip.list_models():
@@ -577,15 +580,15 @@ def build_clip(spec, cache="runs/cache"):
         raise BadInput(f"unknown model {name}; " + (
             f"of the TinyCLIPs these six can be built: {', '.join(list(CLIPS)[:6])}"
             if "tinyclip" in name.lower() else f"the nearest names are {', '.join(near)}"))
-    tag = open_clip.get_pretrained_cfg(name, weights) if weights else {}
     path, saved = weights if Path(weights).is_file() else None, {}
+    tags = [] if name in CLIPS else open_clip.list_pretrained_tags_by_model(name)
+    tag = open_clip.get_pretrained_cfg(name, weights) if weights in tags and not path else {}
     if not weights and name.startswith("toy-"):
         path = cached(cache, name, functools.partial(_train_toy_clip, name), _train_toy_clip,
                       draw_toys, toy_truth, toy_caption, CLIPS[name])
     elif not weights:
         print(f"{name}: RANDOM WEIGHTS, since no :WEIGHTS were named", file=sys.stderr)
     elif not path and not tag and weights != "random":
-        tags = [] if name in CLIPS else open_clip.list_pretrained_tags_by_model(name)
         raise BadInput(f"{spec}: {weights} is no file, and no tag of {name}; " + (
             f"its tags are {', '.join(tags)}" if tags else "TinyCLIP's files are released on the "
             "page `checkpoints` of github wkcn/TinyCLIP-model-zoo"))
@@ -602,9 +605,11 @@ def build_clip(spec, cache="runs/cache"):
     else:
         if quick_gelu is None:
             quick_gelu = open_clip.get_model_config(name).get("quick_gelu", False)
-        with _open_clip(spec):
+        kin = tag or (open_clip.get_pretrained_cfg(name, tags[0]) if tags else {})
+        file = f"{name}{'-quickgelu' * (quick_gelu and not name.endswith('-quickgelu'))}:FILE"
+        with _open_clip(spec, file):
             clip = open_clip.create_model(name, quick_gelu=quick_gelu, force_preprocess_cfg={
-                key: tag[key] for key in ("mean", "std") if key in tag})
+                key: kin[key] for key in ("mean", "std") if key in kin})
             tokenizer = open_clip.get_tokenizer(name)
             if tag:
                 open_clip.load_checkpoint(clip, open_clip.download_pretrained(tag))
@@ -615,16 +620,18 @@ def build_clip(spec, cache="runs/cache"):
 
 
 @contextlib.contextmanager
-def _open_clip(spec):
+def _open_clip(spec, file):
     logging.disable(logging.CRITICAL)  # it logs each retry of a download, and warns of what we mend
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except ImportError as error:
+        raise BadInput(f"{spec} needs a package that is not installed: {error}") from error
     except Exception as error:
         reason = str(error).split("\n")[0]
         raise BadInput(f"{spec}: open_clip cannot fetch or build it here: {reason}. Without a "
-                       "network, download the weights elsewhere and say NAME:FILE") from error
+                       f"network, download the weights elsewhere and say {file}") from error
     finally:
         logging.disable(logging.NOTSET)
 
@@ -759,11 +766,12 @@ class ActionCLIP(nn.Module):
         self.clip, self.tokenizer = clip, tokenizer
         self.size = int(np.max(clip.visual.image_size))
         with torch.no_grad():
-            self.width = clip.encode_text(tokenizer([""])).shape[-1]
+            self.width = clip.encode_text(tokenizer([""]), normalize=False).shape[-1]
         for name, value in (("mean", clip.visual.image_mean), ("std", clip.visual.image_std)):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
         norm = getattr(getattr(clip, "text", clip), "ln_final", None)  # as wide as the text tower
         heads = max(1, (self.width if norm is None else norm.weight.numel()) // 64)
+        heads = heads if self.width % heads == 0 else max(1, self.width // 64)
         self.fusion = FusionHead(self.width, heads, fusion_layers, std, position_std) \
             if fusion_layers else MeanHead()
         if getattr(clip, "logit_bias", None) is not None:
@@ -771,12 +779,14 @@ class ActionCLIP(nn.Module):
 
     def encode_video(self, video):
         """(B, T, 3, S, S) in 0..1 -> (B, D)"""
-        f = self.clip.encode_image(((video - self.mean) / self.std).flatten(0, 1))  # (B*T, D)
+        pixels = ((video - self.mean) / self.std).flatten(0, 1)
+        f = self.clip.encode_image(pixels, normalize=False)  # (B*T, D); CoCa's default is True
         return self.fusion(f.unflatten(0, video.shape[:2]))
 
     def encode_text(self, tokens):
         """(..., L) token ids -> (..., D)"""
-        texts = [self.clip.encode_text(part) for part in tokens.flatten(0, -2).split(512)]
+        texts = [self.clip.encode_text(part, normalize=False)
+                 for part in tokens.flatten(0, -2).split(512)]
         return torch.cat(texts).unflatten(0, tokens.shape[:-1])
 
     def prompts(self, classes):

@@ -45,6 +45,7 @@ def shared():
 def run_script():
     """run_script("name.py", flag, ...) runs a script as a process of its own; -> what it did."""
     def run(*command, python=(sys.executable,), **environment):
-        return subprocess.run([*python, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
-                              timeout=600, env={**os.environ, "HF_HUB_OFFLINE": "1", **environment})
+        return subprocess.run([*python, *map(str, command)], cwd=ROOT, capture_output=True,
+                              text=True, timeout=600,
+                              env={**os.environ, "HF_HUB_OFFLINE": "1", **environment})
     return run

@@ -380,7 +380,7 @@ def offline(monkeypatch):
 
 
 def test_without_a_network_the_error_is_one_line_and_shows_the_way(tiny, offline):
-    with pytest.raises(BadInput, match=r"ViT-B-32:openai.*not known.*NAME:FILE") as error:
+    with pytest.raises(BadInput, match=r"ViT-B-32:openai.*not known.*FILE") as error:
         build_clip("ViT-B-32:openai")
     assert "\n" not in str(error.value)
 
@@ -392,9 +392,9 @@ def test_a_tokenizer_that_cannot_be_had_is_told(monkeypatch):
         build_clip("ViT-B-16-SigLIP:random")
 
 
-def test_logging_is_as_before_after_an_error():
+def test_logging_is_as_before_after_an_error(tiny, offline):
     with pytest.raises(BadInput):
-        build_clip("ViT-B-16-SigLIP:nothing")
+        build_clip("ViT-B-32:openai")
     assert logging.root.manager.disable == logging.NOTSET
 
 
@@ -411,7 +411,6 @@ def test_a_colon_in_the_path_of_a_file_is_no_matter(tmp_path):
     assert torch.equal(build_clip(f"toy-small:{path}")[0].visual.proj, state["visual.proj"])
 
 
-@pytest.mark.xfail(strict=True, reason="open")
 def test_a_file_wins_over_a_tag_of_the_same_name(tiny, tmp_path, monkeypatch, offline):
     monkeypatch.chdir(tmp_path)
     keep(tiny, "openai")
@@ -427,7 +426,6 @@ def test_pixels_are_normalised_as_the_tag_says(tiny, tmp_path, monkeypatch):
         assert_near(model.encode_video(video), hand_images(tiny, video[:, 0] * STD + MEAN, exact))
 
 
-@pytest.mark.xfail(strict=True, reason="open")
 def test_a_file_is_normalised_as_all_tags_of_its_name_are(tiny, tmp_path, monkeypatch):
     # else a checkpoint of a MobileCLIP2-S0 or a SigLIP is tested on other pixels than it learnt
     path = keep(tiny, tmp_path / "a.pt")
@@ -436,7 +434,6 @@ def test_a_file_is_normalised_as_all_tags_of_its_name_are(tiny, tmp_path, monkey
     assert tuple(build_clip(f"ViT-B-32:{path}")[0].visual.image_mean) == (0, 0, 0)
 
 
-@pytest.mark.xfail(strict=True, reason="open")
 def test_the_advice_to_download_names_the_model_whose_activation_is_right(tiny, offline):
     # as a file OpenAI's weights do not tell their activation: ViT-B-32:FILE would take GELU
     with pytest.raises(BadInput, match=r"ViT-B-32-quickgelu:"):
@@ -558,7 +555,6 @@ def test_embeddings_are_not_normalised():
     assert lengths.std() > 1e-4
 
 
-@pytest.mark.xfail(strict=True, reason="open")
 def test_embeddings_of_a_coca_are_not_normalised_either(monkeypatch):
     text = {"context_length": 76, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "coca_ViT-B-32", {
@@ -572,7 +568,6 @@ def test_embeddings_of_a_coca_are_not_normalised_either(monkeypatch):
         assert model.encode_video(torch.rand(4, 1, 3, 32, 32)).norm(dim=-1).std() > 1e-4
 
 
-@pytest.mark.xfail(strict=True, reason="open")
 def test_a_width_that_the_heads_do_not_divide_works_or_is_told(monkeypatch):
     # of open_clip's: coca_base, EVA01-g-14, EVA02-E-14-plus, ViT-gopt-16-SigLIP2
     config = {"embed_dim": 64, "vision_cfg": {"image_size": 32, "layers": 1, "width": 64,

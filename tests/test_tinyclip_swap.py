@@ -1,4 +1,4 @@
-"""tinyclip_swap.py as a user meets it: the plain command, its controls, kills, processes, mistakes."""
+"""tinyclip_swap.py as a user meets it: the plain command, controls, kills, processes, mistakes."""
 import json
 import re
 import sys
@@ -8,7 +8,15 @@ import pytest
 import torch
 
 import tinyclip_swap
-from common import (MOTIONS, BadInput, Clips, build_action_clip, centre_crop, clip_loader, read_data)
+from common import (
+    MOTIONS,
+    BadInput,
+    Clips,
+    build_action_clip,
+    centre_crop,
+    clip_loader,
+    read_data,
+)
 from tinyclip_swap import affinity_loss, class_scores, main
 
 FAST = ("--large", "toy-large:random", "--small", "toy-small:random", "--epochs", 2, "--workers", 0,
@@ -172,8 +180,9 @@ def test_killed_in_an_epoch_and_resumed_ends_the_same(toy, tmp_path, monkeypatch
 def test_two_processes_follow_the_loss_curve_of_one(toy, tmp_path, run_script):
     flags = ("--data", toy, *FAST, "--recover", "affinity")
     go(*flags, "--out", tmp_path / "one")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
     done = run_script("tinyclip_swap.py", *flags, "--out", tmp_path / "two", OMP_NUM_THREADS="1",
-                      python=(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"))
+                      python=torchrun)
     assert done.returncode == 0, done.stderr
     one, two = ([json.loads(line) for line in next((tmp_path / name).rglob("metrics.jsonl")).open()]
                 for name in ("one", "two"))
@@ -269,7 +278,7 @@ def test_hmdb51_as_released_runs_on_the_clips_that_are_there(shared, tmp_path, o
 
 
 def test_a_mistake_is_one_line_and_exit_code_two(run_script, tmp_path):
-    done = run_script("tinyclip_swap.py", "--out", tmp_path, "--data", tmp_path, "--large", "ViT-B32")
+    done = run_script("tinyclip_swap.py", "--out", tmp_path, "--data", tmp_path, "--large", "ViT-B3")
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "tinyclip_swap").exists()
@@ -294,7 +303,7 @@ def test_mistakes_say_what_would_be_right(toy, tmp_path, flags, message):
 def test_resume_with_other_flags_is_refused_and_harms_nothing(toy, tmp_path):
     go("--data", toy, *FAST, "--out", tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(BadInput, match="--lr None, now 0.1"):
+    with pytest.raises(BadInput, match=r"--lr None, now 0\.1"):
         go("--data", toy, *FAST, "--out", tmp_path, "--resume", "--lr", .1)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 

@@ -144,10 +144,10 @@ def test_rotated_clips_are_turned_upright(shared, degrees, turns):
     assert min(read_frames(path, [0], side=32).shape[2:]) == 32
 
 
-def write_packets(path, frames, pts, **options):
-    """H.264 with these timestamps, in 1/100 s."""
-    with av.open(str(path), "w", options=options) as container:
-        stream = container.add_stream("libx264", rate=100, options={"g": "6", "bf": "2"})
+def write_packets(path, frames, pts, codec="libx264", bf="2"):
+    """Encode frames with these timestamps, in 1/100 s."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=100, options={"g": "6", "bf": bf})
         stream.height, stream.width = frames.shape[1:3]
         for picture, time in zip(frames, pts, strict=True):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
@@ -159,6 +159,15 @@ def write_packets(path, frames, pts, **options):
 def test_variable_frame_rate_counts_frames_not_seconds(tmp_path):
     write_packets(tmp_path / "vfr.mp4", moving(30), RNG(0).integers(1, 60, 30).cumsum())
     assert_reads_what_is_there(tmp_path / "vfr.mp4", 30)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_frames_that_an_avi_dropped_are_not_missing(tmp_path, every):
+    # AVI writes an empty chunk in the place of each; its header counts them, the demuxer does not
+    # give them out. BUG: N counts them too, so the file is called cut off
+    times = np.delete(np.arange(40 * every), slice(10, 20)) if every == 1 else np.arange(30) * every
+    write_packets(tmp_path / "a.avi", moving(30), times, "mpeg4", "0")
+    assert_reads_what_is_there(tmp_path / "a.avi", 30)
 
 
 def test_frames_that_an_edit_list_hides_do_not_count(tmp_path):
@@ -223,9 +232,7 @@ def test_odd_videos_are_read_or_named_with_a_reason(shared, folder):
             read[path.name] = read_frames(path, common.segment_indices(count, 8), side=32)
         except BadVideo as error:
             bad[path.name] = error
-            assert error.path == str(path)
-            assert error.reason
-            assert str(path) in str(error)
+    assert all(error.path.endswith(name) and error.reason for name, error in bad.items())
     assert all(video.shape[:2] == (8, 3) for video in read.values())
     wanted = {"decord": "unordered.mov", "mp4parse": "tiny_av1.mp4 hevc_white_frame.mp4 white.mp4 "
               "video_colr_nclx_hdr10_full_range.mp4 bbb_sunflower_QCIF_30fps_mp4v_noaudio_1f.mp4",
@@ -247,8 +254,8 @@ def sound(path):
 def cover(path):
     """Sound with a picture on the sleeve, which players call a video stream."""
     with av.open(str(path), "w", format="mp3") as container:
-        audio, picture = container.add_stream("mp3", rate=44100), container.add_stream("mjpeg", rate=1)
-        picture.width = picture.height = 32
+        audio = container.add_stream("mp3", rate=44100)
+        picture = container.add_stream("mjpeg", rate=1, width=32, height=32)
         picture.pix_fmt, picture.disposition = "yuvj420p", av.stream.Disposition.attached_pic
         still = av.VideoFrame.from_ndarray(moving(1, 32, 32)[0], format="rgb24")
         for packet in picture.encode(still.reformat(format="yuvj420p")) + picture.encode(None):
@@ -259,11 +266,11 @@ def cover(path):
         container.mux(audio.encode(None))
 
 
-def encoded(codec, name, frames=None, cut=1., **options):
+def encoded(codec, name, frames=None, cut=1.):
     def write(path):
-        whole_file = path.with_name("whole-" + name)
-        common.write_video(whole_file, moving() if frames is None else frames, codec=codec, **options)
-        path.write_bytes(whole_file.read_bytes()[:int(cut * whole_file.stat().st_size)])
+        complete = path.with_name("whole-" + name)
+        common.write_video(complete, moving() if frames is None else frames, codec=codec)
+        path.write_bytes(complete.read_bytes()[:int(cut * complete.stat().st_size)])
     return write
 
 
@@ -385,9 +392,11 @@ def test_two_ranks_see_the_global_batch_of_one(toy):
                  ({}, {"rank": 0, "world": 2}, {"rank": 1, "world": 2}))
     for batch, *parts in zip(one, *two, strict=True):
         assert len(parts[0][0]) == len(parts[1][0]) == 4
-        videos = {tuple(key): video for part in parts for key, video in zip(*part[::2], strict=True)}
-        assert sorted(videos) == sorted(map(tuple, batch[0]))
-        assert all(torch.equal(videos[tuple(key)], video) for key, video in zip(*batch[::2], strict=True))
+        videos = {}
+        for keys, _, read in parts:
+            videos |= zip(keys, read, strict=True)
+        assert sorted(videos) == sorted(batch[0])
+        assert all(map(torch.equal, map(videos.get, batch[0]), batch[2]))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -465,16 +474,17 @@ def test_more_than_ten_and_more_than_one_percent_stop(count, of, stops):
     clips = Clips([("a.avi", 0)] * of, 4, 32)
     batch = common.Sample([None] * count, [0] * count, [(0, 0)] * count,
                           [[(f"{i}.avi", "cut off")] for i in range(count)])
-    with contextlib.redirect_stderr(io.StringIO()), \
-            pytest.raises(BadInput, match=f"{count} of {of}") if stops else contextlib.nullcontext():
+    outcome = pytest.raises(BadInput, match=f"{count} of {of}") if stops else \
+        contextlib.nullcontext()
+    with contextlib.redirect_stderr(io.StringIO()), outcome:
         common.note_bad({}, batch, clips)
 
 
 def test_training_stops_where_every_clip_is_bad(toy, tmp_path):
     clips = Clips(with_bad(toy, tmp_path, 3, good=0), 4, 32, train=True)
+    batch = next(iter(clip_loader(clips, 3)))
     with pytest.raises(BadInput, match=r"3 of 3.*bad\d.mp4"):
-        for batch in clip_loader(clips, 1):
-            common.note_bad({}, batch, clips)
+        common.note_bad({}, batch, clips)
 
 
 # ---- augmentation --------------------------------------------------------------------------------
@@ -499,7 +509,8 @@ def test_augmentation_follows_its_generator():
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
     # and a clip's own generator only, whatever stands beside it in the batch
-    assert torch.equal(common.augment([noise(seed=1), video], 32, [RNG(5), RNG(0)], [True] * 2)[1], a[0])
+    both = common.augment([noise(seed=1), video], 32, [RNG(5), RNG(0)], [True, True])
+    assert torch.equal(both[1], a[0])
 
 
 @pytest.mark.parametrize("mirror", [True, False])
