@@ -231,10 +231,12 @@ def read_data(data, split=1, allow_missing=False, cache="runs/cache"):
 
 def _hmdb_rows(root, lists, split):
     rows, files = ([], []), sorted(lists.glob(f"*_test_split{split}.txt"))
+    if not files:
+        raise BadInput(f"{lists} lacks CLASS_test_split{split}.txt, HMDB51's official lists")
     folders = [file.name.rsplit("_", 2)[0] for file in files]  # brush_hair_test_split1.txt
     home = root if any((root / folder).is_dir() for folder in folders) else root / "hmdb51_org"
     for file, folder in zip(files, folders, strict=True):
-        for line in file.read_text().splitlines():
+        for line in file.read_text(errors="replace").splitlines():
             clip, _, part = line.strip().rpartition(" ")
             if clip and part in ("1", "2"):  # 1 training, 2 test, 0 neither
                 rows[int(part) - 1].append((home / folder / clip, words(folder)))
@@ -246,8 +248,8 @@ def _ucf_rows(root, lists, split):
     files = [lists / f"{part}list0{split}.txt" for part in ("train", "test")]
     if not all(map(Path.is_file, files)):
         raise BadInput(f"{lists} lacks {files[0].name} or {files[1].name}, UCF101's official lists")
-    clips = [[line.split()[0] for line in file.read_text().splitlines() if line.strip()]
-             for file in files]
+    clips = [[line.split()[0] for line in file.read_text(errors="replace").splitlines()
+              if line.strip()] for file in files]
     return [[(home / clip, words(clip.split("/")[0])) for clip in part] for part in clips]
 
 
@@ -255,6 +257,7 @@ def _csv_rows(root, path):
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             header, *lines = csv.reader(file)
+        header = [cell.strip() for cell in header]
         at = header.index("path"), header.index("label")
     except (ValueError, csv.Error) as error:  # empty, not UTF-8, another header
         raise BadInput(f"{path}: no UTF-8 list whose first line is path,label ({error})") from None
@@ -267,7 +270,7 @@ def _csv_rows(root, path):
 
 def _folder_rows(folder):
     rows = []
-    for home in sorted(path for path in folder.iterdir() if path.is_dir()):
+    for home in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
         clips = sorted(p for p in home.iterdir() if p.is_file() and not p.name.startswith("."))
         if not clips:
             raise BadInput(f"{home} holds no clip; put some there or remove the folder")
@@ -279,7 +282,7 @@ def _checked(name, root, train, test, allow_missing):
     classes = sorted({label for _, label in train + test})
     bare = sorted({label for _, label in test} - {label for _, label in train})
     both = {path for path, _ in train} & {path for path, _ in test}
-    missing = [str(path) for path, _ in train + test if not path.is_file()]
+    missing = [str(path) for path, _ in train + test if not os.path.isfile(path)]
     if bare and train:
         raise BadInput(f"{root}: {len(bare)} classes of the test list have no training clip, first "
                        f"{', '.join(bare[:3])}; add some or take the class off the list")
@@ -326,7 +329,7 @@ def dense_indices(count, frames, rng=None, views=1):
     last = max(0, count - 128)
     starts = [last // 2] if views == 1 else np.linspace(0, last, views).astype(int)
     starts = starts if rng is None else [rng.integers(last + 1)]
-    return (np.array(starts)[:, None] + np.arange(frames) * (128 // frames)) % count
+    return (np.array(starts)[:, None] + np.arange(frames) * max(1, 128 // frames)) % count
 
 
 @contextlib.contextmanager
@@ -335,9 +338,13 @@ def open_video(path):
     try:
         # HMDB51 has a file whose metadata are not UTF-8
         with av.open(str(path), metadata_errors="replace") as container:
-            if not container.streams.video:
+            covers = av.stream.Disposition.attached_pic
+            streams = [s for s in container.streams.video if not s.disposition & covers]
+            if not streams or container.format.name == "tty":  # FFmpeg draws a .txt as ANSI art
                 raise BadVideo(path, "no video stream")
-            stream = container.streams.video[0]
+            stream = streams[0]
+            if stream.codec_context is None:
+                raise BadVideo(path, "its codec is unknown")
             stream.thread_count = 1  # loader workers are the threads
             yield container, stream
     except (av.FFmpegError, OSError, ValueError) as error:
@@ -362,17 +369,22 @@ def video_index(path):
     """
     with open_video(path) as (container, stream):
         packets = [p for p in container.demux(stream) if p.size or p.pts is not None]
+        avi = container.format.name == "avi"
+        vague = container.format.name.startswith("mpeg")  # seeks in TS and PS land anywhere
         reorders, declared = stream.codec_context.has_b_frames, stream.frames
-    held = [p for p in packets if p.size]  # AVI marks a dropped frame by an empty packet
+    held = [p for p in packets if p.size and not p.is_discard]
     if not held:
         raise BadVideo(path, "the video stream holds no frame")
-    count = len(held) + max(0, declared - len(packets))
     pts = [p.pts for p in held]
-    if None in pts or len(set(pts)) < len(pts) or (reorders and pts == sorted(pts)):
+    lost = declared - len(packets)
+    if avi and None not in pts and len(pts) > 1:  # pts number the chunks; dropped frames have none
+        lost = (declared - 1 - max(pts)) // max(1, int(np.median(np.diff(sorted(pts)))))
+    count = len(held) + max(0, lost)
+    if vague or None in pts or len(set(pts)) < len(pts) or (reorders and pts == sorted(pts)):
         # raw streams have no timestamps, AVI has none that fit B-frames: HMDB51 is full of these
         return VideoIndex(None, np.zeros(1, int), count)
     keys = np.searchsorted(np.sort(pts), sorted(p.pts for p in held if p.is_keyframe))
-    return VideoIndex(np.sort(pts), keys if len(keys) else np.zeros(1, int), count)
+    return VideoIndex(np.sort(pts), np.union1d([0], keys), count)  # 0: a start between keyframes
 
 
 def read_frames(path, indices, side=None):
@@ -384,6 +396,8 @@ def read_frames(path, indices, side=None):
     for two: decoders swallow some at the end of a packed AVI) and where the frame size changes.
     """
     index, converter = video_index(str(path)), VideoReformatter()
+    if not 0 <= min(indices) <= max(indices) < index.count:
+        raise BadVideo(path, f"it has {index.count} frames, none for all of {list(indices)}")
     pictures, at, frame, shape = {}, -1, None, None
     with open_video(path) as (container, stream):
         decoder = container.decode(stream)
@@ -408,7 +422,7 @@ def read_frames(path, indices, side=None):
             scaled = [max(1, round(a * side / min(size))) for a in size] if side else size
             picture = converter.reformat(frame, *scaled, "rgb24", threads=1,
                                          interpolation=Interpolation.BICUBIC).to_ndarray()
-            pictures[i] = np.rot90(picture, frame.rotation // 90)
+            pictures[i] = np.rot90(picture, round(frame.rotation / 90))
     return torch.from_numpy(np.stack([pictures[int(i)] for i in indices])).permute(0, 3, 1, 2)
 
 
@@ -542,7 +556,7 @@ def augment(videos, size, rngs, mirror, scales=(1, .875, .75, .66)):
 
 def mirrors(classes):
     """For each class: may its clips be flipped? Not where its words tell left from right."""
-    return [not re.search(r"\b(left|right)\b", name.lower()) for name in classes]
+    return [not re.search(r"(?<![a-z])(left|right)(?![a-z])", name.lower()) for name in classes]
 
 
 # ---- CLIP and ActionCLIP builders ----------------------------------------------------------------

@@ -314,12 +314,12 @@ BAD = {  # what: (files that replace some of GOOD, or a list: all files; split; 
         [("train/wave/a.mp4", ""), ("test/wave/b.mp4", ""), ("test/clap/b.mp4", "")], 1, ["clap"]),
     "no class folders": ([("train/a.mp4", ""), ("test/b.mp4", "")], 1, ["no training"]),
     "no lists of HMDB51": ([(f"{HMDB_LISTS}/readme", ""), ("wave/a.avi", "")], 1,
-                           ["no training"]),
+                           ["lacks", "CLASS_test_split1.txt"]),
     "no lists of UCF101": ([("ucfTrainTestlist/classInd.txt", "")], 1, ["trainlist01.txt"]),
-    # BUG: UnicodeDecodeError instead (lists of another encoding, as a zip program may leave them)
+    # as a zip program may leave them
     "HMDB51 not UTF-8": ([(f"{HMDB_LISTS}/wave_test_split1.txt", b"a\xe9.avi 1\n"),
                           ("wave/a.avi", "")], 1, ["wave"]),
-    # BUG: OSError 36 instead
+    # longer than a file system allows: OSError 36
     "too long a name": ({"train.csv": csv("a" * 300 + ",wave")}, 1, ["1 of 2", "aaa"]),
 }
 

@@ -277,8 +277,9 @@ def test_hmdb51_as_released_runs_on_the_clips_that_are_there(shared, tmp_path, o
 # ---- mistakes: one line, exit code 2, nothing written over
 
 
-def test_a_mistake_is_one_line_and_exit_code_two(run_script, tmp_path):
-    done = run_script("tinyclip_swap.py", "--out", tmp_path, "--data", tmp_path, "--large", "ViT-B3")
+def test_a_mistake_is_one_line_and_exit_code_two(run_script, tmp_path, cache, toys):
+    (tmp_path / "cache").symlink_to(cache)
+    done = run_script("tinyclip_swap.py", "--out", tmp_path, "--large", "toy-huge")
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "tinyclip_swap").exists()
