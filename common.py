@@ -162,6 +162,7 @@ def cached(cache, name, make, *sources):
     code = "".join(inspect.getsource(s) if callable(s) else repr(s) for s in sources)
     path = Path(cache) / f"{name}-{zlib.crc32(code.encode()):08x}"
     if not path.exists():
+        print(f"making {path}, once ...", file=sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"part-{os.getpid()}-{path.name}")
         try:
@@ -700,7 +701,6 @@ def load_strictly(module, state, path, name):
 
 def _train_toy_clip(name, path, steps=300, batch=128):
     """In place of a download: train a toy CLIP as CLIP was trained, on toy stills with captions."""
-    print(f"training {name} on toy stills, once, in place of a download ...", file=sys.stderr)
     rng = np.random.default_rng(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -192,7 +192,9 @@ def train(arm, model, large, data, args, place, run, log):
     mirror = mirrors(data.classes)
     for epoch in range(sum(row["arm"] == arm for row in log), args.epochs):
         loader.batch_sampler.epoch, began = epoch, time.time()
-        sums = torch.zeros(3, device=device)
+        sums, gpu = torch.zeros(3, device=device), device.type == "cuda"
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
         model.train()
         for batch in tqdm(loader, f"{arm} {epoch + 1}/{args.epochs}", leave=False, disable=None):
             note_bad(bad, batch, clips)
@@ -223,7 +225,8 @@ def train(arm, model, large, data, args, place, run, log):
                 sums += torch.stack([pair, affinity, agree]) / len(loader)
         log.append({"arm": arm, "epoch": epoch + 1,
                     **dict(zip(("kl_pair", "affinity", "agreement"), sums.tolist(), strict=True)),
-                    "clips_per_s": len(loader) * batch_size / (time.time() - began)})
+                    "clips_per_s": len(loader) * batch_size / (time.time() - began),
+                    "peak_mb": torch.cuda.max_memory_allocated() / 1e6 if gpu else None})
         if rank:
             continue
         print("{arm:15} epoch {epoch:3}  kl_pair {kl_pair:7.4f}".format(**log[-1])
@@ -554,14 +557,15 @@ def main(argv=None):
     record |= {"results": results, "missing": data.missing, "bad": bad,
                "seconds": time.time() - began}
     (run / record_name).write_text(json.dumps(record, indent=1))
-    draw_sheet(data, answers, args, run / "clips.png")
+    draw_sheet(data, answers, args, (run / record_name).with_suffix(".png"))
     print(table(results))
     for row in (row for row in log if row["epoch"] == args.epochs):
         tflops = results[row["arm"]]["gflop_training"] * row["clips_per_s"] / 1e3 / world
         peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in machine()), None)
         print(f"training {row['arm']}: {row['clips_per_s']:.1f} clips/s with decoding, "
               f"{tflops:.3f} TFLOP/s a device"
-              + (f", {tflops / peak:.1%} of its peak of {peak}" if peak else ""))
+              + (f", {tflops / peak:.1%} of its peak of {peak}" if peak else "")
+              + (f", {row['peak_mb']:.0f} MB at most" if row["peak_mb"] else ""))
     trained = {label for _, label in data.train}
     for names, what in ((data.missing, "listed clips are missing"),
                         ([name for i, name in enumerate(data.classes) if i not in trained],

@@ -87,9 +87,9 @@ def commands():
     texts = {"README.md": (ROOT / "README.md").read_text()}
     texts |= {path.name: ast.get_docstring(ast.parse(path.read_text())) for path in SCRIPTS}
     for where, text in texts.items():
-        for line in text.replace("\\\n", " ").splitlines():
-            for script, flags in re.findall(r"(\w+\.py)((?: +-?-?[^\s|;&`]+)*)", line):
-                if script in PARSERS and "--" in flags:
+        for line in re.sub(r"\\\n +", "", text).splitlines():  # three spaces: a remark follows
+            for script, flags in re.findall(r"(\w+\.py)((?: [^\s|;&`]+)*)", line):
+                if script in PARSERS and "--" in flags and "--help" not in flags:
                     yield pytest.param(script, flags.split(), id=f"{where}: {line.strip()[:60]}")
 
 
