@@ -536,6 +536,7 @@ def main(argv=None):
                 weight.requires_grad_("visual." in name or name == "logit_scale")
         gmac, gflop = count_operations(model, args, device)
         if args.compile:
+            torch.compiler.config.recompile_limit = 64  # arms x batch sizes x training, testing
             model.encode_video = torch.compile(model.encode_video)
             model.encode_text = torch.compile(model.encode_text)
         if not args.eval_only:
