@@ -29,7 +29,7 @@ Find the loss in kl_pair, the rule in class_scores, the fusion head in common.py
   python tinyclip_swap.py --data HMDB51 --large ViT-B-32 --eval-only vit-b-32-8f.pt
 
 The plain command printed (2 cores of an x86_64 CPU, torch 2.15.0, caches included):
-RESULT tinyclip_swap data=toy split=1 seed=0 large=0.9800 small=0.9333 gmac_ratio=0.482 seconds=107
+RESULT tinyclip_swap data=toy split=1 seed=0 large=0.9800 small=0.9333 gmac_ratio=0.482 seconds=114
 
 Differs from the papers and from the code of ActionCLIP (sallymmx/ActionCLIP @31c34df):
  1. fp32 weights, bf16 autocast on CUDA; theirs are fp16, where a step of 5e-6 moves about half of
@@ -166,9 +166,9 @@ def save(state, path):
     os.replace(f"{path}.part", path)
 
 
-def train(arm, model, large, data, args, place, run, log):
+def train(arm, model, large, data, args, place, run, log, bad):
     """Train one arm by eq. (1), and by eq. (3) where `large` is given. Keeps RUN/ARM-last.pt; adds
-    a row per epoch to `log`. -> {path: reason} of the clips that could not be decoded."""
+    a row per epoch to `log`, and to `bad` {path: reason} clips that could not be decoded."""
     device, rank, world = place
     toy = args.arms[arm].startswith("toy-")
     clips = Clips(data.train, args.frames, side(model), args.sampling, train=True, seed=args.seed)
@@ -176,7 +176,7 @@ def train(arm, model, large, data, args, place, run, log):
     loader = clip_loader(clips, batch_size, args.workers, rank, world)
     optimizer, schedule = make_optimizer(model, args.lr or (4e-4 if toy else 5e-6),
                                          args.epochs * len(loader))
-    bad, path = {}, run / f"{arm}-last.pt"
+    path = run / f"{arm}-last.pt"
     if args.resume and path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
         model.clip.load_state_dict(saved["model_state_dict"])
@@ -240,7 +240,6 @@ def train(arm, model, large, data, args, place, run, log):
               "rows": [row for row in log if row["arm"] == arm], "rng_state": torch.get_rng_state(),
               "optimizer_state": None if done else optimizer.state_dict(),
               "schedule_state": None if done else schedule.state_dict()}, path)
-    return bad
 
 
 def view(batch, size, mirror, toy, seed, device):
@@ -269,14 +268,14 @@ def infer(model, videos, text, views, device):
     return class_scores(v, text).unflatten(0, (-1, views)).mean(1)
 
 
-def evaluate(model, data, args, place):
-    """Test on every clip; one that cannot be decoded counts as wrong.
+def evaluate(model, data, args, place, bad):
+    """Test on every clip; one that cannot be decoded goes into `bad` and counts as wrong.
 
-    -> (numbers, {path: reason} of such clips, {index: class said} of this process's clips)
+    -> numbers, and {index: class said} of this process's clips
     """
     device, rank, world = place
     model.eval()
-    text, bad, said = embed_classes(model, data.classes, device), {}, {}
+    text, said = embed_classes(model, data.classes, device), {}
     hits = torch.zeros(3, device=device)  # first, among the first five, clips
     clips = Clips(data.test, args.frames, side(model), args.sampling, args.views)
     loader = clip_loader(clips, args.batch_size, args.workers, rank, world)
@@ -294,7 +293,7 @@ def evaluate(model, data, args, place):
     if world > 1:
         dist.all_reduce(hits)
     top1, top5, count = hits.tolist()
-    return {"top1": top1 / count, "top5": top5 / count, "clips": int(count)}, bad, said
+    return {"top1": top1 / count, "top5": top5 / count, "clips": int(count)}, said
 
 
 def count_operations(model, args, device):
@@ -486,18 +485,43 @@ def parse(argv=None):
     return args
 
 
-def main(argv=None):
-    """Train, test and measure the arms. -> {arm: numbers}"""
-    args, began = parse(argv), time.time()
-    if "RANK" in os.environ and not dist.is_initialized():  # torchrun
+def find_place():
+    """-> (device, rank, number of processes); under torchrun it joins the other processes."""
+    if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    place, cache, models = (device, rank, world), Path(args.out) / "cache", {}
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), rank, world
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", torch.cuda.current_device()), rank, world
 
+
+def report(results, log, data, bad, world):
+    """What is printed after the arms: the table, training speed, and what was missing or unread."""
+    print(table(results))
+    last = {row["arm"]: row for row in log}
+    for arm, row in last.items():
+        tflops = results[arm]["gflop_training"] * row["clips_per_s"] / 1e3 / world
+        peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in machine()), None)
+        print(f"training {arm}: {row['clips_per_s']:.1f} clips/s with decoding, "
+              f"{tflops:.3f} TFLOP/s a device"
+              + (f", {tflops / peak:.1%} of its peak of {peak}" if peak else "")
+              + (f", {row['peak_mb']:.0f} MB at most" if row["peak_mb"] else ""))
+    trained = {label for _, label in data.train}
+    untrained = [name for i, name in enumerate(data.classes) if i not in trained]
+    for names, what in ((data.missing, "listed clips are missing"),
+                        (untrained, "classes have no training clip"),
+                        (list(bad["training"]), "training clips cannot be decoded"),
+                        (list(bad["test"]), "test clips cannot be decoded and count as wrong")):
+        if names:
+            print(f"NOTE {len(names)} {what}, first {names[0]}")
+
+
+def main(argv=None):
+    """Train, test and measure the arms. -> {arm: numbers}"""
+    args, began, models = parse(argv), time.time(), {}
+    device, rank, world = place = find_place()
+    cache = Path(args.out) / "cache"
     if rank:
         dist.barrier()  # process 0 goes first and fills the cache
     data = read_data(args.data, args.split, args.allow_missing, cache)
@@ -528,7 +552,8 @@ def main(argv=None):
               f"seed {args.seed}\n{data.name}, split {args.split}: {len(data.classes)} classes, "
               f"{len(data.train)} training clips, {len(data.test)} test clips", flush=True)
 
-    results, answers, log, bad, large = {}, {}, [], {}, None
+    results, answers, log, large = {}, {}, [], None
+    bad = {"training": {}, "test": {}}  # {path: reason} of clips that cannot be decoded
     for arm, model in models.items():
         model.to(device)
         if args.fix_text:
@@ -540,10 +565,9 @@ def main(argv=None):
             model.encode_video = torch.compile(model.encode_video)
             model.encode_text = torch.compile(model.encode_text)
         if not args.eval_only:
-            bad |= train(arm, model, large if arm == "small+affinity" else None, data, args, place,
-                         run, log)
-        numbers, unread, answers[arm] = evaluate(model, data, args, place)
-        bad |= unread
+            train(arm, model, large if arm == "small+affinity" else None, data, args, place, run,
+                  log, bad["training"])
+        numbers, answers[arm] = evaluate(model, data, args, place, bad["test"])
         results[arm] = {"backbone": args.arms[arm].partition(":")[0], "gmac": gmac,
                         "gflop_training": gflop, **numbers}
         if arm == "large":
@@ -559,21 +583,7 @@ def main(argv=None):
                "seconds": time.time() - began}
     (run / record_name).write_text(json.dumps(record, indent=1))
     draw_sheet(data, answers, args, (run / record_name).with_suffix(".png"))
-    print(table(results))
-    for row in (row for row in log if row["epoch"] == args.epochs):
-        tflops = results[row["arm"]]["gflop_training"] * row["clips_per_s"] / 1e3 / world
-        peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in machine()), None)
-        print(f"training {row['arm']}: {row['clips_per_s']:.1f} clips/s with decoding, "
-              f"{tflops:.3f} TFLOP/s a device"
-              + (f", {tflops / peak:.1%} of its peak of {peak}" if peak else "")
-              + (f", {row['peak_mb']:.0f} MB at most" if row["peak_mb"] else ""))
-    trained = {label for _, label in data.train}
-    for names, what in ((data.missing, "listed clips are missing"),
-                        ([name for i, name in enumerate(data.classes) if i not in trained],
-                         "classes have no training clip"),
-                        (list(bad), "clips cannot be decoded; in the test they count as wrong")):
-        if names:
-            print(f"NOTE {len(names)} {what}, first {names[0]}")
+    report(results, log, data, bad, world)
     print(f"record, checkpoints, pictures: {run}\n"
           f"RESULT tinyclip_swap data={data.name} split={args.split} seed={args.seed} "
           + " ".join(f"{arm}={r['top1']:.4f}" for arm, r in results.items())

@@ -1,6 +1,7 @@
 """tinyclip_swap.py as a user meets it: the plain command, controls, kills, processes, mistakes."""
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -278,6 +279,20 @@ def test_hmdb51_as_released_runs_on_the_clips_that_are_there(shared, tmp_path, o
     printed = capsys.readouterr().out
     assert "NOTE 5097 listed clips are missing" in printed
     assert "NOTE 49 classes have no training clip" in printed
+
+
+def test_bad_clips_are_named_once_and_counted(toy, tmp_path, capsys):
+    folder = tmp_path / "some-bad"
+    shutil.copytree(toy, folder)
+    for name in ("train/0003.mp4", "test/0004.mp4"):
+        (folder / name).write_text("no video")
+    found = go("--data", folder, *FAST, "--out", tmp_path)
+    assert {r["clips"] for r in found.values()} == {24}
+    printed = capsys.readouterr()
+    for name in ("train/0003.mp4", "test/0004.mp4"):
+        assert printed.err.count(f"cannot decode {folder / name}") == 1
+    assert "NOTE 1 training clips cannot be decoded" in printed.out
+    assert "NOTE 1 test clips cannot be decoded and count as wrong" in printed.out
 
 
 # ---- mistakes: one line, exit code 2, nothing written over
