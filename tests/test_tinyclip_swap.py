@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,9 +93,11 @@ def test_plain_command_ends_in_a_result(plain, out):
     assert (run / "run.png").stat().st_size > 10_000
 
 
-def test_docstring_and_readme_quote_a_plain_run(plain):
-    quoted = re.search(r"^RESULT tinyclip_swap data=toy .*large=(\S+) small=(\S+)",
-                       tinyclip_swap.__doc__, re.M)
+@pytest.mark.parametrize("text", [
+    tinyclip_swap.__doc__, Path(tinyclip_swap.__file__).with_name("README.md").read_text()],
+    ids=["docstring", "README"])
+def test_texts_quote_a_plain_run(plain, text):
+    quoted = re.search(r"^RESULT tinyclip_swap data=toy .*large=(\S+) small=(\S+)", text, re.M)
     found = re.search(r"large=(\S+) small=(\S+)", plain.splitlines()[-1])
     for arm in (1, 2):  # another machine sums in another order, so not to the last clip
         assert abs(float(quoted[arm]) - float(found[arm])) < .06
