@@ -55,7 +55,8 @@ class BadVideo(Exception):
 # ---- toy clips -----------------------------------------------------------------------------------
 # An action is a motion, and one frame does not tell it: place and size at the middle of a clip are
 # drawn the same way for every action. Shape and colour vary freely; the scene goes with the action
-# in half of the training clips, and with nothing in the test clips.
+# in half of the training clips and with nothing in the test clips of split 1; split 2 has the same
+# training clips, and every action of its test in the usual scene of another: a test of scene bias.
 
 MOTIONS = {  # words -> direction of (x, y, log radius)
     "moving left": (-1, 0, 0), "moving right": (1, 0, 0), "moving up": (0, -1, 0),
@@ -137,19 +138,24 @@ def write_video(path, frames, fps=24, codec="mpeg4", pix_fmt="yuv420p", **option
 
 
 def make_toy_folder(folder, train=1200, test=300, seed=0):
-    """Draw and encode toy clips into `folder`: train.csv, test.csv, truth.json and the clips."""
+    """Draw and encode toy clips into `folder`: train1.csv, test1.csv, train2.csv, test2.csv (see
+    above), truth.json and the clips."""
     rng, truths = np.random.default_rng(seed), {}
-    for part, count in (("train", train), ("test", test)):
+    for part, count, lists in (("train", train, ("train1", "train2")), ("test", test, ("test1",)),
+                               ("swapped", test, ("test2",))):
         (folder / part).mkdir(parents=True)
         rows = [("path", "label")]
         for i in range(count):
-            action, usual = i % len(MOTIONS), part == "train" and rng.random() < .5
-            scene = SCENES[action % len(SCENES)] if usual else str(rng.choice(SCENES))
+            action = i % len(MOTIONS)
+            scene = SCENES[(action + 2 * (part == "swapped")) % len(SCENES)]
+            if part == "test" or (part == "train" and rng.random() >= .5):
+                scene = str(rng.choice(SCENES))
             rows.append((f"{part}/{i:04d}.mp4", list(MOTIONS)[action]))
             truths[rows[-1][0]] = toy_truth(rng, rows[-1][1], scene)
             write_video(folder / rows[-1][0], toy_clip(truths[rows[-1][0]])[0])
-        with open(folder / f"{part}.csv", "w", newline="") as file:
-            csv.writer(file).writerows(rows)
+        for name in lists:
+            with open(folder / f"{name}.csv", "w", newline="") as file:
+                csv.writer(file).writerows(rows)
     (folder / "truth.json").write_text(json.dumps(truths, indent=0))
 
 
@@ -576,7 +582,8 @@ CLIPS = {  # name: (D, image tower, text tower), from wkcn/TinyCLIP; all but the
     "TinyCLIP-ViT-61M-32-Text-29M": _towers(512, 640, 12, 32, 512, 8, 9),
     "TinyCLIP-ViT-40M-32-Text-19M": _towers(512, 512, 12, 32, 512, 8, 6),
     "toy-large": _towers(64, 64, 3, 16, 64, 4, 1, 32, 20, head_width=16),
-    "toy-small": _towers(48, 48, 2, 16, 48, 3, 1, 32, 20, head_width=16)}
+    "toy-small": _towers(48, 48, 2, 16, 48, 3, 1, 32, 20, head_width=16),
+    "toy-fine": _towers(64, 96, 3, 8, 64, 4, 1, 32, 20, head_width=16)}  # sees scenes best
 
 
 def build_clip(spec, cache="runs/cache"):

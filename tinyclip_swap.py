@@ -143,13 +143,13 @@ def autocast(device):
 
 
 def make_optimizer(model, lr, steps):
-    """AdamW and schedule as in ActionCLIP: CLIP's towers at lr, the fusion head at 10 lr; linear
-    warm-up, then cosine to 0. No decay on norms, biases, embeddings and scales."""
+    """AdamW and schedule as in ActionCLIP: CLIP's towers at lr, what is new beside them at 10 lr;
+    linear warm-up, then cosine to 0. No decay on norms, biases, embeddings and scales."""
     groups = {}
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             decay = .2 if weight.ndim > 1 and "embedding" not in name else 0.
-            rate = 10 * lr if name.startswith("fusion.") else lr
+            rate = lr if "clip." in name else 10 * lr
             groups.setdefault((rate, decay), []).append(weight)
     optimizer = torch.optim.AdamW([{"params": weights, "lr": rate, "weight_decay": decay}
                                    for (rate, decay), weights in groups.items()],

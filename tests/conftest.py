@@ -33,6 +33,19 @@ def toy(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def toys(cache):
+    """All toy clips of split 1 in the test view of the toy CLIPs, decoded once:
+    {part: (videos (N, 8, 3, 32, 32), labels)}, and the names of the classes."""
+    data, parts = common.read_data("toy", cache=cache), {}
+    for part in ("train", "test"):
+        clips = common.Clips(getattr(data, part), 8, 37)
+        batches = list(common.clip_loader(clips, 100))
+        parts[part] = (torch.cat([common.centre_crop(batch.video, 32) for batch in batches]),
+                       torch.tensor([label for batch in batches for label in batch.label]))
+    return parts, data.classes
+
+
+@pytest.fixture(scope="session")
 def shared():
     """Real clips that are not part of the project."""
     folder = ROOT.parent / "shared" / "data"

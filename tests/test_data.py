@@ -35,7 +35,7 @@ def test_same_seed_same_files(tmp_path):
         common.make_toy_folder(tmp_path / run, train=3, test=3, seed=int(run == "c"))
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.*"))
     same = [(tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files]
-    assert len(files) == 9
+    assert len(files) == 14
     assert all(same)
     first = Path("train/0000.mp4")
     assert (tmp_path / "a" / first).read_bytes() != (tmp_path / "c" / first).read_bytes()
@@ -119,9 +119,12 @@ def test_toy_scene_goes_with_the_action_in_training_only(tmp_path, monkeypatch):
     truths = json.loads((tmp_path / "toy" / "truth.json").read_text())
     usual = {part: np.mean([SCENES[list(MOTIONS).index(t["motion"]) % 4] == t["scene"]
                             for name, t in truths.items() if name.startswith(part)])
-             for part in ("train", "test")}
+             for part in ("train", "test", "swapped")}
     assert abs(usual["train"] - .625) < .08  # half, and a quarter of the other half
     assert abs(usual["test"] - .25) < .08
+    assert usual["swapped"] == 0
+    scenes = {(t["motion"], t["scene"]) for name, t in truths.items() if name.startswith("swapped")}
+    assert len(scenes) == len(MOTIONS)  # each action in the one usual scene of another
 
 
 def test_toy_folder_is_a_data_set_with_balanced_classes(toy):
@@ -129,6 +132,10 @@ def test_toy_folder_is_a_data_set_with_balanced_classes(toy):
     assert data.classes == sorted(MOTIONS)
     assert np.bincount([label for _, label in data.train]).tolist() == [8] * 6
     assert np.bincount([label for _, label in data.test]).tolist() == [4] * 6
+    swapped = read_data(toy, 2)
+    assert swapped.train == data.train
+    assert np.bincount([label for _, label in swapped.test]).tolist() == [4] * 6
+    assert not {path for path, _ in swapped.test} & {path for path, _ in data.test}
 
 
 def test_toy_is_made_once(tmp_path, monkeypatch):

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
+import spatial_kd
 import tinyclip_swap
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("tinyclip_swap", "spatial_kd", "deit_video", "pkd_compressed", "wise_infer")
 SCRIPTS = [path for name in NAMES if (path := ROOT / f"{name}.py").exists()]
 FILES = [ROOT / "common.py", *SCRIPTS]
-PARSERS = {"tinyclip_swap.py": tinyclip_swap.parse}
+PARSERS = {"tinyclip_swap.py": tinyclip_swap.parse, "spatial_kd.py": spatial_kd.parse}
 
 
 def functions(path):

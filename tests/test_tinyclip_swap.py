@@ -10,15 +10,7 @@ import pytest
 import torch
 
 import tinyclip_swap
-from common import (
-    MOTIONS,
-    BadInput,
-    Clips,
-    build_action_clip,
-    centre_crop,
-    clip_loader,
-    read_data,
-)
+from common import MOTIONS, BadInput, build_action_clip
 from tinyclip_swap import affinity_loss, class_scores, main
 
 FAST = ("--large", "toy-large:random", "--small", "toy-small:random", "--epochs", 2, "--workers", 0,
@@ -50,18 +42,6 @@ def plain(run_script, out):
     done = run_script("tinyclip_swap.py", "--out", out)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-@pytest.fixture(scope="session")
-def toys(plain, cache):
-    """All toy clips in the test view: {part: (videos, labels)}, and the names of the classes."""
-    data, parts = read_data("toy", cache=cache), {}
-    for part in ("train", "test"):
-        clips = Clips(getattr(data, part), 8, 37)
-        batches = list(clip_loader(clips, 100))
-        parts[part] = (torch.cat([centre_crop(batch.video, 32) for batch in batches]),
-                       torch.tensor([label for batch in batches for label in batch.label]))
-    return parts, data.classes
 
 
 def trained(out, arm, cache):
@@ -316,7 +296,7 @@ def test_a_mistake_is_one_line_and_exit_code_two(run_script, tmp_path, cache, to
     (("--small", "TinyCLIP-auto-ViT-63M-32-Text-31M"), "these six"),
     (("--eval-only", "gone.pt"), "no such file"),
     (("--data", "gone"), "no such folder"),
-    (("--split", "2"), "split 2"),
+    (("--split", "3"), "split 3"),
     (("--resume",), "start one without"),
 ])
 def test_mistakes_say_what_would_be_right(toy, tmp_path, flags, message):
