@@ -126,7 +126,8 @@ def spatial_loss(logits, targets, confidence, floor, multi_label=False):
 
 def total_loss(action, spatial, weight):
     """The action, a scalar, and lambda times the mean of the tasks, a list of scalars, eq. (5)."""
-    return action + weight * sum(spatial) / max(1, len(spatial))                # ()            (5)
+    mean = sum(spatial) / max(1, len(spatial))                                  # (), or no task: 0
+    return action + weight * mean                                               # ()            (5)
 
 
 # ---- the rest is plumbing: vocabularies, labelling, training, testing, keeping record ------------
