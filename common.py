@@ -452,13 +452,14 @@ class Clips(torch.utils.data.Dataset):
     """Decodes the clip of a key (epoch, index) -> Sample.
 
     clips: list of (path, class index). frames: T. side: shorter side in pixels. sampling: `tsn` or
-    `dense`, the latter with `views` windows at test. train: random sampling, and another clip takes
-    the place of one that cannot be decoded.
+    `dense`, the latter with `views` windows at test. train: random frames (jitter=False: those of
+    the test), and another clip takes the place of one that cannot be decoded.
     """
 
-    def __init__(self, clips, frames, side, sampling="tsn", views=1, train=False, seed=0):
+    def __init__(self, clips, frames, side, sampling="tsn", views=1, train=False, seed=0,
+                 jitter=True):
         self.clips, self.frames, self.side, self.train = clips, frames, side, train
-        self.sampling, self.views, self.seed = sampling, views, seed
+        self.sampling, self.views, self.seed, self.jitter = sampling, views, seed, jitter
 
     def __len__(self):
         return len(self.clips)
@@ -469,7 +470,7 @@ class Clips(torch.utils.data.Dataset):
         while True:
             path, label = self.clips[i]
             try:
-                count, draw = video_index(path).count, rng if self.train else None
+                count, draw = video_index(path).count, rng if self.train and self.jitter else None
                 indices = segment_indices(count, self.frames, draw) if self.sampling == "tsn" \
                     else dense_indices(count, self.frames, draw, self.views).ravel()
                 return Sample(read_frames(path, indices, self.side), label, key, bad)
@@ -749,9 +750,12 @@ class FusionHead(nn.Module):
     embeddings that are not normalised, positions of that size are nearly nothing: from there the
     head sees the axis of a motion long before its direction, with the accuracy at one half. The toy
     CLIPs, narrow and soon trained, start from larger values (see build_action_clip).
+
+    token: a learned token with a position of its own goes in front of the frames. What becomes of
+    it, z_0 + mean_t f_t, and the output above are normalised and averaged (see deit_video.py).
     """
 
-    def __init__(self, width, heads, layers=6, std=.02, position_std=.02):
+    def __init__(self, width, heads, layers=6, std=.02, position_std=.02, token=False):
         super().__init__()
         self.frame_position_embeddings = nn.Embedding(77, width)
         self.transformer = Transformer(width, layers, heads, act_layer=QuickGELU,
@@ -761,12 +765,18 @@ class FusionHead(nn.Module):
                 nn.init.normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.frame_position_embeddings.weight, std=position_std)
+        self.token = nn.Parameter(position_std * torch.randn(width)) if token else None
+        self.token_position = nn.Parameter(position_std * torch.randn(width)) if token else None
 
     def forward(self, f):
         B, T, D = f.shape
         x = f + self.frame_position_embeddings.weight[:T]    # (B, T, D)
-        x = self.transformer(x)                              # (B, T, D)
-        return (x + f).mean(1)                               # (B, D)
+        if self.token is None:
+            return (self.transformer(x) + f).mean(1)         # (B, D)
+        x = torch.cat([(self.token + self.token_position).expand(B, 1, D), x], 1)
+        z = self.transformer(x)                              # (B, 1 + T, D)
+        return (F.normalize(z[:, 0] + f.mean(1), dim=-1)
+                + F.normalize((z[:, 1:] + f).mean(1), dim=-1)) / 2
 
 
 class MeanHead(nn.Module):
@@ -782,7 +792,7 @@ class ActionCLIP(nn.Module):
     size: side of the square frames; width: D. Pixels are normalised in here, each CLIP's own way.
     """
 
-    def __init__(self, clip, tokenizer, fusion_layers=6, std=.02, position_std=.02):
+    def __init__(self, clip, tokenizer, fusion_layers=6, std=.02, position_std=.02, token=False):
         super().__init__()
         self.clip, self.tokenizer = clip, tokenizer
         self.size = int(np.max(clip.visual.image_size))
@@ -793,16 +803,20 @@ class ActionCLIP(nn.Module):
         norm = getattr(getattr(clip, "text", clip), "ln_final", None)  # as wide as the text tower
         heads = max(1, (self.width if norm is None else norm.weight.numel()) // 64)
         heads = heads if self.width % heads == 0 else max(1, self.width // 64)
-        self.fusion = FusionHead(self.width, heads, fusion_layers, std, position_std) \
+        self.fusion = FusionHead(self.width, heads, fusion_layers, std, position_std, token) \
             if fusion_layers else MeanHead()
         if getattr(clip, "logit_bias", None) is not None:
             clip.logit_bias.requires_grad_(False)  # SigLIP's; nothing here reads it
 
-    def encode_video(self, video):
-        """(B, T, 3, S, S) in 0..1 -> (B, D)"""
+    def encode_frames(self, video):
+        """(B, T, 3, S, S) in 0..1 -> (B, T, D)"""
         pixels = ((video - self.mean) / self.std).flatten(0, 1)
         f = self.clip.encode_image(pixels, normalize=False)  # (B*T, D); CoCa's default is True
-        return self.fusion(f.unflatten(0, video.shape[:2]))
+        return f.unflatten(0, video.shape[:2])
+
+    def encode_video(self, video):
+        """(B, T, 3, S, S) in 0..1 -> (B, D)"""
+        return self.fusion(self.encode_frames(video))
 
     def encode_text(self, tokens):
         """(..., L) token ids -> (..., D)"""
@@ -820,12 +834,14 @@ class ActionCLIP(nn.Module):
         return self.encode_video(video), self.encode_text(tokens), self.clip.logit_scale.exp()
 
 
-def build_action_clip(spec, fusion_layers=6, cache="runs/cache"):
+def build_action_clip(spec, fusion_layers=6, cache="runs/cache", token=False):
     """ActionCLIP on the backbone NAME[:WEIGHTS] (see build_clip); fusion_layers=0: MeanHead. Where
-    WEIGHTS is an ActionCLIP checkpoint, its fusion head is loaded too. Raises BadInput."""
+    WEIGHTS is an ActionCLIP checkpoint, its fusion head is loaded too, with the token if it has
+    one. Raises BadInput."""
     clip, tokenizer, saved = build_clip(spec, cache)
     std, position_std = (.1, .5) if spec.startswith("toy-") else (.02, .02)
-    model = ActionCLIP(clip, tokenizer, fusion_layers, std, position_std)
+    token = "token" in saved["fusion"] if "fusion" in saved else token
+    model = ActionCLIP(clip, tokenizer, fusion_layers, std, position_std, token)
     if "fusion" in saved:
         load_strictly(model.fusion, saved["fusion"], spec.partition(":")[2],
                       f"a fusion head of {fusion_layers} layers")

@@ -264,10 +264,9 @@ def label_clips(labeller, tasks, clips, args, device, bad):
         held = [i for i, video in enumerate(batch.video) if video is not None]
         if held:
             videos = centre_crop([batch.video[i].to(device) for i in held], labeller.size)
-            f = labeller.encode_video(videos.flatten(0, 1)[:, None])  # the mean over one frame
+            f = labeller.encode_frames(videos).float()                          # (B, T, D)
             for probabilities, bank in zip(q, banks, strict=True):
-                probabilities[[batch.key[i][1] for i in held]] = spatial_targets(
-                    f.float().unflatten(0, (len(held), -1)), bank).cpu()
+                probabilities[[batch.key[i][1] for i in held]] = spatial_targets(f, bank).cpu()
     return [keep_labels(task._replace(q=p), args.keep) for task, p in zip(tasks, q, strict=True)]
 
 
@@ -280,6 +279,12 @@ def keep_labels(task, count):
     return task._replace(labels=[task.labels[k] for k in kept], q=q, confidence=q.amax(1))
 
 
+def clip_names(clips):
+    """By these a file of targets knows its clips: CLASS/NAME and size in bytes."""
+    return [f"{Path(path).parent.name}/{Path(path).name} {os.path.getsize(path)}"
+            for path, _ in clips]
+
+
 def find_targets(tasks, data, args, run, place, bad):
     """The tasks with targets of the training clips, from RUN/targets.pt or made now and put there.
     Raises BadInput where that file was made for other clips."""
@@ -287,8 +292,7 @@ def find_targets(tasks, data, args, run, place, bad):
     weights = functools.reduce(lambda crc, w: zlib.crc32(w.numpy().tobytes(), crc),
                                labeller.state_dict().values(), 0)
     clips = Clips(data.train, args.frames, side(labeller))
-    names = [f"{Path(path).parent.name}/{Path(path).name} {os.path.getsize(path)}"
-             for path, _ in data.train]
+    names = clip_names(data.train)
     made = {"labeller": f"{args.labeller} {weights:08x}", "frames": args.frames, "keep": args.keep,
             "vocabulary": [list(task[:4]) for task in tasks]}
     path, (device, rank, _) = run / "targets.pt", place
@@ -698,6 +702,7 @@ def parse(argv=None):
     add("--lambda", type=float, default=.5, dest="weight", help="of the spatial objectives")
     add = parser.add_argument_group("training").add_argument
     add("--student", default="toy-large", help="NAME[:WEIGHTS] of the backbone that is trained")
+    add("--label-only", action="store_true", help="label and look at the labels; train nothing")
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS[:3]), metavar="ARM",
         help=f"of {', '.join(ARMS)}")
     add("--epochs", type=int, help="(default: 6 for toy clips, else 50, as ActionCLIP)")
@@ -775,11 +780,12 @@ def main(argv=None):
     unsure = [task.name for task in tasks if (task.confidence < args.floor).all()]
     if not rank:
         run.mkdir(parents=True, exist_ok=True)
-        for old in [] if args.resume else run.glob("*-last.pt"):
+        for old in [] if args.resume or args.label_only else run.glob("*-last.pt"):
             old.unlink()
         record["labels"] = look_at_labels(tasks, truths, args.floor)
         tops = [[task.labels[k] for k in task.q.argmax(1)] for task in tasks]
-        (run / "run.json").write_text(json.dumps(record, indent=1))
+        if not args.label_only:
+            (run / "run.json").write_text(json.dumps(record, indent=1))
         some = np.linspace(0, len(truths) - 1, min(8, len(truths))).astype(int)
         draw_rows([(data.train[i][0], "; ".join(f"{top[i]} {task.confidence[i]:.2f}"
                                                 for task, top in zip(tasks, tops, strict=True)),
@@ -788,6 +794,8 @@ def main(argv=None):
                    for i in some], args.frames, run / "labels.png")
         for name in unsure:
             print(f"task {name} is left out: no clip has a label of confidence {args.floor}")
+    if args.label_only:
+        return {}
     tasks = [task for task in tasks if task.name not in unsure]
     if not tasks:
         raise BadInput(f"no clip has a label of confidence {args.floor}: there is nothing to learn "

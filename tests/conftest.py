@@ -62,3 +62,12 @@ def run_script():
                               text=True, timeout=600,
                               env={**os.environ, "HF_HUB_OFFLINE": "1", **environment})
     return run
+
+
+@pytest.fixture(scope="session")
+def plain(run_script, out):
+    """The plain command of tinyclip_swap.py, once, as a process; what it printed. It leaves a large
+    and a small model trained on the toy clips."""
+    done = run_script("tinyclip_swap.py", "--out", out)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -36,14 +36,6 @@ def same(a, b):
                ("model_state_dict", "fusion_model_state_dict") for key in a[half])
 
 
-@pytest.fixture(scope="session")
-def plain(run_script, out):
-    """The plain command, once, as a process."""
-    done = run_script("tinyclip_swap.py", "--out", out)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def trained(out, arm, cache):
     name = {"large": "toy-large", "small": "toy-small"}[arm]
     file = out / "tinyclip_swap" / "toy-s1-seed0" / f"{arm}-last.pt"
