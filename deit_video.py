@@ -547,8 +547,8 @@ def median_ms(function, device):
     return float(np.median(times[3:]))
 
 
-def measure(model, data, frames, device):
-    """What a clip costs once its texts are cached: parameters in millions, ms, clips/s."""
+def time_clips(model, data, frames, device):
+    """What a clip costs once its texts are cached: ms at batch 1, clips/s."""
     text = embed_classes(model.eval(), data.classes, device)
     batch = 32 if device.type == "cuda" else 4
     one, many = (torch.rand(B, frames, 3, model.size, model.size, device=device)
@@ -781,7 +781,7 @@ def main(argv=None):
 
     for name, student in students.items():  # one after the other, with nothing else running
         frames = args.frames if arms[name].swap else args.teacher_frames
-        results[name] |= measure(student.model, data, frames, device)
+        results[name] |= time_clips(student.model, data, frames, device)
     record |= {"results": results, "missing": data.missing, "bad": bad,
                "seconds": time.time() - began}
     (run / "run.json").write_text(json.dumps(record, indent=1))
