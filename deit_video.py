@@ -703,6 +703,9 @@ def spatial_tasks(args, data, rank):
         return []
     path = Path(args.spatial_targets or Path(args.out) / "spatial_kd" /
                 f"{data.name}-s{args.split}-seed{args.seed}" / "targets.pt")
+    if not path.exists() and not args.spatial_targets and not args.teacher.startswith("toy-"):
+        raise BadInput(f"--grid: {path} is missing; make it by spatial_kd.py --label-only with the "
+                       f"same --data, --split and --seed, and a --labeller that knows real words")
     if not path.exists() and not args.spatial_targets and not rank:
         command = [sys.executable, str(Path(__file__).with_name("spatial_kd.py")), "--label-only",
                    "--data", args.data, "--split", args.split, "--frames", args.frames, "--seed",

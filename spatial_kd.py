@@ -628,7 +628,7 @@ def draw_rows(rows, frames, path):
 def look_at_labels(tasks, truths, floor):
     """The labeller, before anything is trained on its labels: prints a row per task, returns it."""
     rows = {}
-    print(f"{'task':12} labels entropy confidence  sure  right   of  most often")
+    print(f"{'task':12} labels entropy confidence  sure  right usual   of  most often")
     for task in tasks:
         q, top = task.q[task.confidence > 0].float(), [task.labels[k] for k in task.q.argmax(1)]
         known = [(word, truth[task.name]) for word, truth in zip(top, truths, strict=True)
@@ -638,13 +638,16 @@ def look_at_labels(tasks, truths, floor):
             "confidence": q.amax(1).mean().item(),
             "sure": (task.confidence >= floor).float().mean().item(),
             "right": sum(a == b for a, b in known) / len(known) if known else math.nan,
+            "usual": max(collections.Counter(b for _, b in known).values(), default=math.nan)
+            / max(1, len(known)),
             "known": len(known), "often": {word: n / len(top) for word, n in
                                            collections.Counter(top).most_common(3)}}
         print("{0:12} {labels:6} {entropy:7.3f} {confidence:10.3f} {sure:5.3f} {right:6.3f} "
-              "{known:4}  ".format(task.name, **row)
+              "{usual:5.3f} {known:4}  ".format(task.name, **row)
               + ", ".join(f"{word} {n:.0%}" for word, n in row["often"].items()))
     print(f"Training clips: mean entropy in nats, mean confidence; sure: the share of confidence\n"
-          f"{floor} or more; right: top label, of the clips whose truth is known.", flush=True)
+          f"{floor} or more; right: top label, of the clips whose truth is known; usual: what the\n"
+          f"truth's most frequent label would get.", flush=True)
     return rows
 
 
