@@ -421,9 +421,9 @@ def train(name, student, teacher, data, mirror, args, place, run, log, bad):
                 whole = gather(torch.tensor([float(not bad) for bad in batch.bad], device=device))
             for z, task, p, sure in zip(logits, tasks, q, confidence, strict=True):
                 p = (p > THRESHOLD).float() if task.multi_label else p
-                each.append(spatial_loss(gather(z), p[index], whole * sure[index], args.floor,
-                                         task.multi_label))
-            total_loss(loss, each, args.weight).backward()
+                sure = (whole * sure[index]).where(whole * sure[index] > 0, -1.)  # not read: never
+                each.append(spatial_loss(gather(z), p[index], sure, args.floor, task.multi_label))
+            total_loss(loss, each, vars(args)["lambda"]).backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.)
             optimizer.step()
             optimizer.zero_grad()
@@ -656,7 +656,7 @@ def parse(argv=None):
         "teacher, whose scale s_T is about 18; else 3, as in DeiT)")
     add("--spatial-targets", metavar="FILE", help="targets.pt of spatial_kd.py: adds its term to "
         "every arm (with --grid: default that of the same data and seed, made if there is none)")
-    add("--lambda", type=float, default=.5, dest="weight", help="of the spatial objectives")
+    add("--lambda", type=float, default=.5, help="of the spatial objectives")
     add("--floor", type=float, default=.3, help="confidence below which a clip's label is not used")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, help="(default: 6 for toy clips, else 50, as ActionCLIP)")
@@ -679,7 +679,7 @@ def parse(argv=None):
     if min(args.frames, args.teacher_frames, args.epochs, args.batch_size) < 1 or \
             max(args.frames, args.teacher_frames) > 77:
         parser.error("--frames takes 1 to 77; --epochs and --batch-size take 1 or more")
-    if not 0 <= args.alpha <= 1 or args.tau <= 0 or args.weight < 0:
+    if not 0 <= args.alpha <= 1 or args.tau <= 0 or vars(args)["lambda"] < 0:
         parser.error("--alpha takes 0 to 1, --tau more than 0, --lambda 0 or more")
     args.arms = list(dict.fromkeys(args.arms))
     return args

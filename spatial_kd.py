@@ -421,11 +421,12 @@ def save(state, path):
     os.replace(f"{path}.part", path)
 
 
-def train(arm, student, data, args, place, run, log, bad):
+def train(arm, student, data, mirror, args, place, run, log, bad):
     """Train one arm by eq. (5). Keeps RUN/ARM-last.pt; adds a row per epoch to `log`, and to `bad`
     {path: reason} clips that could not be decoded."""
     device, rank, world = place
     model, tasks, toy = student.model, student.tasks, args.student.startswith("toy-")
+    weight = vars(args)["lambda"]
     clips = Clips(data.train, args.frames, side(model), train=True, seed=args.seed)
     batch_size = min(args.batch_size, len(clips)) // world * world
     loader = clip_loader(clips, batch_size, args.workers, rank, world)
@@ -448,8 +449,6 @@ def train(arm, student, data, args, place, run, log, bad):
     words = [[model.tokenizer([template.format(label) for label in task.labels])
               for template in task.templates] for task in tasks]
     q, confidence = ([task[at].float().to(device) for task in tasks] for at in (4, 5))
-    sides_told = not all(mirrors([label for task in tasks for label in task.labels]))
-    mirror = [may and not sides_told for may in mirrors(data.classes)]
     for epoch in range(sum(row["arm"] == arm for row in log), args.epochs):
         loader.batch_sampler.epoch, began = epoch, time.time()
         sums = torch.zeros(2 + len(tasks), device=device)
@@ -475,9 +474,9 @@ def train(arm, student, data, args, place, run, log, bad):
                 z, p = gather(z), p[index]                                      # (B, L)
                 agree += (z.argmax(1) == p.argmax(1)).float().mean() / len(tasks)
                 p = (p > THRESHOLD).float() if task.multi_label else p
-                each.append(spatial_loss(z, p, whole * sure[index], args.floor,
-                                         task.multi_label))
-            total_loss(pair, each, args.weight).backward()
+                sure = (whole * sure[index]).where(whole * sure[index] > 0, -1.)  # not read: never
+                each.append(spatial_loss(z, p, sure, args.floor, task.multi_label))
+            total_loss(pair, each, weight).backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.)
             optimizer.step()
             optimizer.zero_grad()
@@ -702,7 +701,7 @@ def parse(argv=None):
     add("--vocabulary", metavar="JSON", help="tasks and labels (default: those in this script)")
     add("--keep", type=int, default=16, help="n, labels kept of a task")
     add("--floor", type=float, default=.3, help="confidence below which a clip's label is not used")
-    add("--lambda", type=float, default=.5, dest="weight", help="of the spatial objectives")
+    add("--lambda", type=float, default=.5, help="of the spatial objectives")
     add = parser.add_argument_group("training").add_argument
     add("--student", default="toy-large", help="NAME[:WEIGHTS] of the backbone that is trained")
     add("--label-only", action="store_true", help="label and look at the labels; train nothing")
@@ -725,7 +724,7 @@ def parse(argv=None):
         args.epochs = 6 if args.data == "toy" else 50
     if min(args.frames, args.epochs, args.batch_size) < 1 or args.frames > 77:
         parser.error("--frames takes 1 to 77; --epochs and --batch-size take 1 or more")
-    if args.keep < 2 or args.weight < 0 or not 0 <= args.floor <= 1:
+    if args.keep < 2 or vars(args)["lambda"] < 0 or not 0 <= args.floor <= 1:
         parser.error("--keep takes 2 or more, --lambda 0 or more (the adversarial arm turns it "
                      "round), --floor 0 to 1")
     args.arms = list(dict.fromkeys(args.arms))
@@ -813,6 +812,10 @@ def main(argv=None):
         raise BadInput(f"--arms oracle: nobody said what {data.name} shows; of the toy clips that "
                        f"is known, and of HMDB51 by its files' names")
 
+    sides_told = not all(mirrors([label for arm in args.arms for task in tasks_of[arm]
+                                  for label in task.labels]))
+    mirror = [may and not sides_told for may in mirrors(data.classes)]  # the same for every arm
+
     results, answers, log = {}, {}, []
     for arm in args.arms:
         torch.manual_seed(args.seed)  # the arms do not depend on each other
@@ -821,9 +824,9 @@ def main(argv=None):
         if args.compile:
             torch.compiler.config.recompile_limit = 64  # arms x batch sizes x training, testing
             student.model.encode_video = torch.compile(student.model.encode_video)
-        train(arm, student, data, args, place, run, log, bad["training"])
+        train(arm, student, data, mirror, args, place, run, log, bad["training"])
         results[arm] = {
-            "lambda": {"alone": 0., "adversarial": -args.weight}.get(arm, args.weight),
+            "lambda": {"alone": 0., "adversarial": -1.}.get(arm, 1.) * vars(args)["lambda"],
             "parameters": sum(w.numel() for w in student.model.parameters()) / 1e6, "gmac": gmac}
         for name, clips in tests.items():
             numbers, said = evaluate(student, clips, data, args, place, bad["test"])

@@ -1,4 +1,5 @@
-"""Eqs. (1)-(3) of tinyclip_swap.py: against numpy, in closed form, at their edges.
+"""Eqs. (1)-(3) of tinyclip_swap.py, (3)-(5) of spatial_kd.py: against numpy, in closed form, at
+their edges.
 
 Here everything is written out once more in numpy float64, with matrices P (rows: texts for a video)
 and Q (rows: videos for a text), so that a wrong reduction or a transposed matrix cannot pass.
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from spatial_kd import spatial_loss, spatial_targets, total_loss
 from tinyclip_swap import affinity_loss, class_scores, kl_pair
 
 B, D = 6, 5
@@ -219,3 +221,122 @@ def test_affinity_loss_stays_finite_at_a_scale_of_ten_thousand(small, large):
     loss = affinity_loss(v, t, torch.eye(B), large, scale, 1e4)
     loss.backward()
     assert all(x.isfinite().all() for x in (loss, v.grad, t.grad, scale.grad))
+
+
+# ---- spatial_kd.py: what a frozen CLIP sees ------------------------------------------------------
+
+T, L = 4, 3
+
+
+def test_spatial_targets_equal_numpy():
+    f, b = draw(B, T, D), draw(L, D, seed=1)
+    q = spatial_targets(*tensors(f, b))
+    np.testing.assert_allclose(q, softmax(100 * unit(f) @ unit(b).T).mean(1), atol=1e-12)
+    np.testing.assert_allclose(q.sum(1), 1, atol=1e-12)
+
+
+def test_spatial_targets_do_not_depend_on_the_order_of_frames():
+    f, b = (x.float() for x in tensors(draw(B, T, D), draw(L, D, seed=1)))
+    torch.testing.assert_close(spatial_targets(f[:, [2, 0, 3, 1]], b), spatial_targets(f, b),
+                               atol=1e-6, rtol=0)
+
+
+def test_spatial_targets_are_a_mean_of_softmaxes_not_a_softmax_of_means():
+    frames = torch.tensor([[[1., 0.], [0., 3.], [0., 1.], [0., 1.]]])  # one frame of four says so
+    torch.testing.assert_close(spatial_targets(frames, torch.eye(2)), torch.tensor([[.25, .75]]))
+
+
+def test_spatial_targets_do_not_depend_on_the_length_of_embeddings():
+    f, b = tensors(draw(B, T, D), draw(L, D, seed=1))
+    torch.testing.assert_close(spatial_targets(7 * f, .1 * b), spatial_targets(f, b))
+
+
+# ---- spatial_kd.py: one objective ----------------------------------------------------------------
+
+CONFIDENCE, FLOOR = np.array([.9, .2, .5, .3, .1, .29]), .3
+SURE = np.array([0, 2, 3])  # a confidence equal to the floor is enough
+KINDS = pytest.mark.parametrize("several", [False, True], ids=["one label", "several labels"])
+
+
+def objective(several, grad=False):
+    """Logits z and targets q, (B, L), and the confidence."""
+    z, q = 3 * draw(B, L), softmax(draw(B, L, seed=1))
+    (z,) = tensors(z, grad=grad)
+    return z, *tensors((q > .3).astype(float) if several else q, CONFIDENCE)
+
+
+@KINDS
+def test_spatial_loss_equals_numpy(several):
+    z, q, confidence = objective(several)
+    p, y = z.numpy()[SURE], q.numpy()[SURE]
+    each = -(y * np.log(1 / (1 + np.exp(-p))) + (1 - y) * np.log(1 / (1 + np.exp(p)))).mean(1) \
+        if several else (y * np.log(y / softmax(p))).sum(1)
+    loss = spatial_loss(z, q, confidence, FLOOR, several)
+    assert loss.item() == pytest.approx(each.mean(), rel=1e-10)
+
+
+@KINDS
+def test_spatial_loss_gradient_in_closed_form(several):
+    z, q, confidence = objective(several, grad=True)
+    spatial_loss(z, q, confidence, FLOOR, several).backward()
+    x, expected = z.detach().numpy(), np.zeros((B, L))
+    p = 1 / (L * (1 + np.exp(-x))) - q.numpy() / L if several else softmax(x) - q.numpy()
+    expected[SURE] = p[SURE] / len(SURE)
+    np.testing.assert_allclose(z.grad, expected, atol=1e-10, rtol=0)
+
+
+@KINDS
+def test_spatial_loss_leaves_out_clips_below_the_floor_exactly(several):
+    z, q, confidence = objective(several)
+    alone = spatial_loss(z[SURE], q[SURE], confidence[SURE], FLOOR, several)
+    unsure = torch.from_numpy(CONFIDENCE < FLOOR)[:, None]
+    for other in (z, torch.where(unsure, 1e4, z)):  # whatever the logits of the others are
+        assert torch.equal(spatial_loss(other, q, confidence, FLOOR, several), alone)
+
+
+@KINDS
+def test_spatial_loss_is_the_same_for_a_repeated_batch(several):
+    given = objective(several)
+    twice = spatial_loss(*(x.repeat(2, *[1] * (x.ndim - 1)) for x in given), FLOOR, several)
+    assert twice.item() == pytest.approx(spatial_loss(*given, FLOOR, several).item(), rel=1e-12)
+
+
+@KINDS
+def test_spatial_loss_without_a_sure_clip_is_zero(several):
+    z, q, confidence = objective(several, grad=True)
+    loss = spatial_loss(z, q, confidence, .95, several)
+    loss.backward()
+    assert loss.item() == 0
+    assert z.grad.abs().max().item() == 0
+
+
+@KINDS
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_spatial_loss_stays_finite(several, size):
+    z = (size * torch.eye(B, L)).requires_grad_()
+    one = torch.eye(B, L).roll(1, 1)  # a target that is sure of another label, or of none
+    loss = spatial_loss(z, one, torch.ones(B), FLOOR, several)
+    loss.backward()
+    assert loss.isfinite()
+    assert z.grad.isfinite().all()
+
+
+def test_spatial_loss_is_zero_where_the_student_says_the_same():
+    _, q, confidence = objective(False)
+    assert spatial_loss(q.log() + 5, q, confidence, FLOOR).item() == pytest.approx(0, abs=1e-12)
+
+
+# ---- spatial_kd.py: the sum ----------------------------------------------------------------------
+
+
+def test_total_loss_adds_lambda_times_the_mean_of_the_tasks():
+    action, *spatial = tensors(2., 1., 4., 7., grad=True)
+    loss = total_loss(action, spatial, .5)
+    loss.backward()
+    assert loss.item() == pytest.approx(2 + .5 * 4)
+    assert action.grad == 1
+    assert [x.grad.item() for x in spatial] == pytest.approx([.5 / 3] * 3)
+
+
+def test_total_loss_without_a_task_is_that_of_the_action():
+    assert total_loss(torch.tensor(2.), [], .5) == 2
