@@ -746,6 +746,9 @@ def main(argv=None):
     """Label the training clips, train and test the arms. -> {arm: numbers}"""
     args, began = parse(argv), time.time()
     device, rank, world = place = find_place()
+    if args.student.startswith("toy-"):  # threads that wait for decoding cost more than they bring
+        spare = max(1, (os.cpu_count() or 1) - args.workers)
+        torch.set_num_threads(min(torch.get_num_threads(), spare))
     cache = Path(args.out) / "cache"
     run = Path(args.out) / "spatial_kd" / \
         f"{Path(args.data).resolve().name}-s{args.split}-seed{args.seed}"
