@@ -213,7 +213,7 @@ def read_vocabulary(path, toys=False):
             wrong = f"{labels[0]} is its one label; a choice takes two"
         elif len(set(labels)) < len(labels):
             wrong = f"{max(labels, key=labels.count)} stands there twice"
-        elif any(template.count("{}") != 1 for template in templates):
+        elif any(re.sub("[^{}]", "", template) != "{}" for template in templates):
             wrong = "a template has one {}, where the label goes"
         else:
             tasks.append(Task(name, labels, templates, several))
@@ -296,8 +296,13 @@ def find_targets(tasks, data, args, run, place, bad):
     made = {"labeller": f"{args.labeller} {weights:08x}", "frames": args.frames, "keep": args.keep,
             "vocabulary": [list(task[:4]) for task in tasks]}
     path, (device, rank, _) = run / "targets.pt", place
-    before = torch.load(path, weights_only=True) if path.exists() else {"clips": names}
-    if before["clips"] != names:
+    try:
+        before = torch.load(path, weights_only=True) if path.exists() else {"clips": names}
+        others = before["clips"] != names
+    except Exception as error:  # torch.load raises many kinds
+        what = f"{path} is no file of targets ({type(error).__name__})"
+        raise BadInput(f"{what}; remove it, and the clips are labelled anew") from error
+    if others:
         raise BadInput(f"{path} holds targets of other clips ({len(before['clips'])}, now "
                        f"{len(names)}); remove it, or write to another folder with --out")
     changed = [key for key in made if before.get(key) != made[key]]
@@ -784,13 +789,8 @@ def main(argv=None):
                        f"for {world} processes")
     unsure = [task.name for task in tasks if (task.confidence < args.floor).all()]
     if not rank:
-        run.mkdir(parents=True, exist_ok=True)
-        for old in [] if args.resume or args.label_only else run.glob("*-last.pt"):
-            old.unlink()
         record["labels"] = look_at_labels(tasks, truths, args.floor)
         tops = [[task.labels[k] for k in task.q.argmax(1)] for task in tasks]
-        if not args.label_only:
-            (run / "run.json").write_text(json.dumps(record, indent=1))
         some = np.linspace(0, len(truths) - 1, min(8, len(truths))).astype(int)
         draw_rows([(data.train[i][0], "; ".join(f"{top[i]} {task.confidence[i]:.2f}"
                                                 for task, top in zip(tasks, tops, strict=True)),
@@ -815,9 +815,12 @@ def main(argv=None):
         raise BadInput(f"--arms oracle: nobody said what {data.name} shows; of the toy clips that "
                        f"is known, and of HMDB51 by its files' names")
 
-    sides_told = not all(mirrors([label for arm in args.arms for task in tasks_of[arm]
-                                  for label in task.labels]))
+    sides_told = not all(mirrors([label for task in vocabulary for label in task.labels]))
     mirror = [may and not sides_told for may in mirrors(data.classes)]  # the same for every arm
+    if not rank:
+        for old in [] if args.resume else run.glob("*-last.pt"):
+            old.unlink()
+        (run / "run.json").write_text(json.dumps(record, indent=1))
 
     results, answers, log = {}, {}, []
     for arm in args.arms:
