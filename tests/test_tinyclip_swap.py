@@ -134,10 +134,17 @@ def test_seed_changes_the_run(toy, tmp_path):
     assert not same(weights(tmp_path / "0"), weights(tmp_path / "1"))
 
 
+@pytest.fixture(scope="module")
+def whole(toy, tmp_path_factory):
+    """The folder of a run of three arms."""
+    out = tmp_path_factory.mktemp("whole")
+    go("--data", toy, *FAST, "--recover", "affinity", "--out", out)
+    return out
+
+
 @pytest.mark.parametrize("batch", [2, 5, 8])  # in the first arm, between its epochs, in the second
-def test_killed_in_an_epoch_and_resumed_ends_the_same(toy, tmp_path, monkeypatch, batch):
+def test_killed_in_an_epoch_and_resumed_ends_the_same(toy, whole, tmp_path, monkeypatch, batch):
     flags = ("--data", toy, *FAST, "--recover", "affinity")
-    go(*flags, "--out", tmp_path / "whole")
     augment, calls = tinyclip_swap.augment, []
 
     def killed(*given):
@@ -152,22 +159,21 @@ def test_killed_in_an_epoch_and_resumed_ends_the_same(toy, tmp_path, monkeypatch
     monkeypatch.undo()
     go(*flags, "--out", tmp_path / "cut", "--resume")
     for arm in ("large", "small", "small+affinity"):
-        assert same(weights(tmp_path / "whole", arm), weights(tmp_path / "cut", arm))
-    rows = [[json.loads(line) for line in next((tmp_path / name).rglob("metrics.jsonl")).open()]
-            for name in ("whole", "cut")]
+        assert same(weights(whole, arm), weights(tmp_path / "cut", arm))
+    rows = [[json.loads(line) for line in next(folder.rglob("metrics.jsonl")).open()]
+            for folder in (whole, tmp_path / "cut")]
     assert [(r["arm"], r["epoch"], r["kl_pair"]) for r in rows[0]] == \
         [(r["arm"], r["epoch"], r["kl_pair"]) for r in rows[1]]
 
 
-def test_two_processes_follow_the_loss_curve_of_one(toy, tmp_path, run_script):
+def test_two_processes_follow_the_loss_curve_of_one(toy, whole, tmp_path, run_script):
     flags = ("--data", toy, *FAST, "--recover", "affinity")
-    go(*flags, "--out", tmp_path / "one")
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
     done = run_script("tinyclip_swap.py", *flags, "--out", tmp_path / "two", OMP_NUM_THREADS="1",
                       python=torchrun)
     assert done.returncode == 0, done.stderr
-    one, two = ([json.loads(line) for line in next((tmp_path / name).rglob("metrics.jsonl")).open()]
-                for name in ("one", "two"))
+    one, two = ([json.loads(line) for line in next(folder.rglob("metrics.jsonl")).open()]
+                for folder in (whole, tmp_path / "two"))
     for a, b in zip(one, two, strict=True):
         assert a["kl_pair"] == pytest.approx(b["kl_pair"], rel=2e-3)
         assert a["affinity"] == pytest.approx(b["affinity"], rel=2e-3)
