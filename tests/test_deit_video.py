@@ -17,13 +17,15 @@ from common import MOTIONS, BadInput, FusionHead, build_action_clip
 from deit_video import ARMS, TwoHeaded, deit_loss, main, one_vector, token_loss, two_heads
 
 FAST = ("--teacher", "toy-large:random", "--student", "toy-small:random", "--epochs", 1,
-        "--workers", 0, "--batch-size", 16)
+        "--workers", 0, "--batch-size", 16, "--frames", 4)
 
 
-@pytest.fixture(autouse=True)
-def timed_once(monkeypatch):
-    for script in (deit_video, tinyclip_swap):
-        monkeypatch.setattr(script, "median_ms", lambda function, device: bool([function()]))
+@pytest.fixture(autouse=True, scope="module")
+def timed_once():
+    with pytest.MonkeyPatch.context() as patch:
+        for script in (deit_video, tinyclip_swap):
+            patch.setattr(script, "median_ms", lambda function, device: bool([function()]))
+        yield
 
 
 def go(*flags):
@@ -266,7 +268,8 @@ def test_an_exported_student_is_a_plain_actionclip(toy, tmp_path):
     video = torch.rand(2, 8, 3, 32, 32)
     torch.testing.assert_close(model.encode_video(video), one_vector(*student.read(video)))
     again = tinyclip_swap.main(["--data", str(toy), "--small", "toy-small:random", "--eval-only",
-                                str(file), "--workers", "0", "--out", str(tmp_path)])
+                                str(file), "--workers", "0", "--frames", "4", "--out",
+                                str(tmp_path)])
     assert again["small"]["top1"] == found["gt"]["mean"]
 
 
@@ -291,7 +294,7 @@ def test_teacher_is_frozen_batchnorm_too(toy, tmp_path, monkeypatch):
 
 
 def test_teacher_of_another_width_size_and_number_of_frames(toy, tmp_path):
-    go("--data", toy, *FAST, "--out", tmp_path, "--arms", "one-head", "--frames", 4)
+    go("--data", toy, *FAST, "--out", tmp_path, "--arms", "one-head")
     file = next(tmp_path.rglob("teacher-last.pt"))
     found = go("--data", toy, *FAST, "--out", tmp_path / "b", "--arms", "soft", "hard",
                "--teacher-checkpoint", file, "--teacher-frames", 4, "--frames", 6)

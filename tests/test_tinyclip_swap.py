@@ -14,13 +14,15 @@ from common import MOTIONS, BadInput, build_action_clip
 from tinyclip_swap import affinity_loss, class_scores, main
 
 FAST = ("--large", "toy-large:random", "--small", "toy-small:random", "--epochs", 2, "--workers", 0,
-        "--batch-size", 16)
+        "--batch-size", 16, "--frames", 4)
 
 
-@pytest.fixture(autouse=True)
-def timed_once(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def timed_once():
     """Tests do not time: one call instead of a second's worth. Processes of their own still do."""
-    monkeypatch.setattr(tinyclip_swap, "median_ms", lambda function, device: bool([function()]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tinyclip_swap, "median_ms", lambda function, device: bool([function()]))
+        yield
 
 
 def go(*flags):
@@ -100,12 +102,13 @@ def test_affinity_alone_takes_a_student_to_its_teacher(toys, out, cache, untrain
     if untrained:
         teacher.fusion.apply(lambda module: [w.data.normal_(std=.1) for w in module.parameters()])
     student = build_action_clip("toy-small", cache=cache)
-    optimizer, schedule = tinyclip_swap.make_optimizer(student, 4e-4, 8 * 37)
+    steps = (3 if untrained else 8) * 37
+    optimizer, schedule = tinyclip_swap.make_optimizer(student, 4e-4, steps)
     with torch.no_grad():
         v_all = torch.cat([teacher.encode_video(part) for part in videos.split(100)])
         t_all = teacher.encode_text(teacher.prompts(classes)[12])               # (K, D)
     tokens, rng = student.prompts(classes)[12], np.random.default_rng(0)
-    for step in range(8 * 37):
+    for step in range(steps):
         if step % 37 == 0:
             order = torch.from_numpy(rng.permutation(len(videos)))
         pick, words = order[step % 37 * 32:][:32], torch.from_numpy(rng.integers(6, size=32))
