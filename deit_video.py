@@ -431,6 +431,8 @@ def train(name, student, teacher, data, mirror, args, place, run, log, bad):
             schedule.step()
             with torch.no_grad():
                 model.clip.logit_scale.clamp_(max=math.log(100))
+                if tasks:
+                    student.heads.log_scale.clamp_(max=math.log(100))
                 cosine = F.cosine_similarity(h_token, h_frame).mean()
                 sums += torch.stack([frame, token, agree, cosine, *each]) / len(loader)
         frame, token, agree, cosine, *each = sums.tolist()
@@ -749,8 +751,10 @@ def main(argv=None):
                        f"for {world} processes")
     if not rank:
         run.mkdir(parents=True, exist_ok=True)
+        given = [Path(spec.partition(":")[2]).resolve() for spec in specs.values()]
         for old in [] if args.resume else run.glob("*-last.pt"):
-            old.unlink()
+            if old.resolve() not in given:  # the teacher may come from the run before
+                old.unlink()
         (run / "run.json").write_text(json.dumps(record, indent=1))
         print(f"deit_video.py on {machine()}, {world} process(es), torch {torch.__version__}, "
               f"seed {args.seed}\n{data.name}, split {args.split}: {len(data.classes)} classes, "

@@ -819,8 +819,10 @@ def main(argv=None):
     sides_told = not all(mirrors([label for task in vocabulary for label in task.labels]))
     mirror = [may and not sides_told for may in mirrors(data.classes)]  # the same for every arm
     if not rank:
+        given = Path(args.student.partition(":")[2]).resolve()
         for old in [] if args.resume else run.glob("*-last.pt"):
-            old.unlink()
+            if old.resolve() != given:
+                old.unlink()
         (run / "run.json").write_text(json.dumps(record, indent=1))
 
     results, answers, log = {}, {}, []

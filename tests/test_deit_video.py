@@ -305,6 +305,17 @@ def test_teacher_of_another_width_size_and_number_of_frames(toy, tmp_path):
     assert found["teacher"]["frame"] == before
 
 
+def test_the_teacher_of_the_run_before_can_teach_again(toy, tmp_path):
+    flags = ("--data", toy, *FAST, "--out", tmp_path, "--arms", "soft")
+    first = go(*flags)
+    file = next(tmp_path.rglob("teacher-last.pt"))
+    before = file.read_bytes()
+    again = go(*flags, "--teacher-checkpoint", file)
+    assert file.read_bytes() == before
+    assert again["teacher"]["frame"] == first["teacher"]["frame"]
+    assert again["soft"]["mean"] == first["soft"]["mean"]
+
+
 def test_cached_scores_are_those_of_the_fixed_crops(toy, tmp_path, monkeypatch):
     found = go("--data", toy, *FAST, "--out", tmp_path, "--arms", "soft", "--cache-teacher")
     assert found["soft"]["clips"] == 24
