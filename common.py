@@ -4,11 +4,13 @@ The contract: this file holds data loading and model builders and nothing else. 
 logs nothing, reads no flags and knows nothing of the roles that networks play in a method.
 (One exception: the toy CLIP is trained where it is built, because that stands in for a download.)
 
-Sections: errors | toy clips | data sets | RGB decoding | loaders | CLIP and ActionCLIP builders
+Sections: errors | toy clips | data sets | RGB decoding | compressed decoding | loaders | CLIP and
+ActionCLIP builders | exit networks
 
 Axis letters, here and in all scripts:
     B clips   T frames of a clip that a network sees   C H W channels, height, width of a frame
     D width of an embedding   K classes   N frames that a file holds   V windows of a clip
+    S segments of a compressed clip   E exits of a network
 """
 import contextlib
 import csv
@@ -17,6 +19,7 @@ import functools
 import inspect
 import json
 import logging
+import multiprocessing
 import os
 import re
 import shutil
@@ -24,6 +27,8 @@ import sys
 import warnings
 import zlib
 from bisect import bisect_left, bisect_right
+from concurrent.futures import ProcessPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +37,10 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+import torchvision
+from av.codec.context import Flags2
+from av.sidedata.sidedata import SideDataContainer
+from av.video.frame import PictureType
 from av.video.reformatter import Interpolation, VideoReformatter
 from open_clip.transformer import QuickGELU, Transformer
 from torch import nn
@@ -57,6 +66,7 @@ class BadVideo(Exception):
 # drawn the same way for every action. Shape and colour vary freely; the scene goes with the action
 # in half of the training clips and with nothing in the test clips of split 1; split 2 has the same
 # training clips, and every action of its test in the usual scene of another: a test of scene bias.
+# For the compressed scripts a class pairs a shape with a motion: each stream sees a part of that.
 
 MOTIONS = {  # words -> direction of (x, y, log radius)
     "moving left": (-1, 0, 0), "moving right": (1, 0, 0), "moving up": (0, -1, 0),
@@ -137,9 +147,10 @@ def write_video(path, frames, fps=24, codec="mpeg4", pix_fmt="yuv420p", **option
         container.mux(stream.encode(None))
 
 
-def make_toy_folder(folder, train=1200, test=300, seed=0):
+def make_toy_folder(folder, train=1200, test=300, seed=0, pairs=False):
     """Draw and encode toy clips into `folder`: train1.csv, test1.csv, train2.csv, test2.csv (see
-    above), truth.json and the clips."""
+    above), truth.json and the clips. pairs: the classes are "circle moving left", ..., the clips
+    larger and longer, with vectors for blocks of 8 pixels."""
     rng, truths = np.random.default_rng(seed), {}
     for part, count, lists in (("train", train, ("train1", "train2")), ("test", test, ("test1",)),
                                ("swapped", test, ("test2",))):
@@ -151,8 +162,13 @@ def make_toy_folder(folder, train=1200, test=300, seed=0):
             if part == "test" or (part == "train" and rng.random() >= .5):
                 scene = str(rng.choice(SCENES))
             rows.append((f"{part}/{i:04d}.mp4", list(MOTIONS)[action]))
-            truths[rows[-1][0]] = toy_truth(rng, rows[-1][1], scene)
-            write_video(folder / rows[-1][0], toy_clip(truths[rows[-1][0]])[0])
+            truth = truths[rows[-1][0]] = toy_truth(rng, rows[-1][1], scene)
+            if pairs:
+                truth["shape"] = SHAPES[i // len(MOTIONS) % len(SHAPES)]
+                rows[-1] = rows[-1][0], f"{truth['shape']} {truth['motion']}"
+                write_video(folder / rows[-1][0], toy_clip(truth, 24, 96)[0], flags="+mv4")
+            else:
+                write_video(folder / rows[-1][0], toy_clip(truth)[0])
         for name in lists:
             with open(folder / f"{name}.csv", "w", newline="") as file:
                 csv.writer(file).writerows(rows)
@@ -205,18 +221,21 @@ def words(name):
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_", " ", name).lower()
 
 
-def read_data(data, split=1, allow_missing=False, cache="runs/cache"):
+def read_data(data, split=1, allow_missing=False, cache="runs/cache", pairs=False):
     """Read the lists of a data set: `toy`, or a folder in one of FORMATS. -> VideoData
 
     split: 1, 2 or 3, where there are several. Labels come from class names, never from ids in a
-    list. allow_missing: go on without listed clips that do not exist. Raises BadInput for an
+    list. allow_missing: go on without listed clips that do not exist. pairs: `toy` is the toy set
+    of the compressed scripts (see make_toy_folder). Raises BadInput for an
     unknown format, missing clips, an empty list, a class without training clips (so a test label
     that training lacks) and a clip on both lists.
     """
     root = Path(data)
     if data == "toy":
-        root = cached(cache, "toy", make_toy_folder, make_toy_folder, toy_truth, toy_clip,
-                      draw_toys, write_video, MOTIONS, SHAPES, COLOURS, SCENES)
+        make = functools.partial(make_toy_folder, train=960, test=288, pairs=True) if pairs \
+            else make_toy_folder
+        root = cached(cache, "toy-pairs" if pairs else "toy", make, make_toy_folder, toy_truth,
+                      toy_clip, draw_toys, write_video, MOTIONS, SHAPES, COLOURS, SCENES)
     if not root.is_dir():
         raise BadInput(f"--data {data}: no such folder; name a folder, or `toy`; {FORMATS}")
     lists = [[root / f"{part}{number}.csv" for part in ("train", "test")] for number in (split, "")]
@@ -361,10 +380,11 @@ def open_video(path):
 
 class VideoIndex(NamedTuple):
     """pts: sorted timestamps (N,), or None where they cannot be trusted; keys: positions of the
-    keyframes; count: N."""
+    keyframes; count: N; unfit: why read_compressed cannot use it, or ""."""
     pts: np.ndarray | None
     keys: np.ndarray
     count: int
+    unfit: str = ""
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -378,7 +398,8 @@ def video_index(path):
         packets = [p for p in container.demux(stream) if p.size or p.pts is not None]
         avi = container.format.name == "avi"
         vague = container.format.name.startswith("mpeg")  # seeks in TS and PS land anywhere
-        reorders, declared = stream.codec_context.has_b_frames, stream.frames
+        coder, declared = stream.codec_context, stream.frames
+        name, reorders, head = coder.codec.canonical_name, coder.has_b_frames, coder.extradata
     held = [p for p in packets if p.size and not p.is_discard]
     if not held:
         raise BadVideo(path, "the video stream holds no frame")
@@ -386,27 +407,34 @@ def video_index(path):
     lost = declared - len(packets)
     if avi and None not in pts and len(pts) > 1:  # pts number the chunks; dropped frames have none
         lost = (declared - 1 - max(pts)) // max(1, int(np.median(np.diff(sorted(pts)))))
-    count = len(held) + max(0, lost)
+    count, given = len(held) + max(0, lost), [t for t in pts if t is not None]
+    kinds = {picture[1][0] >> 6 for p in held if name == "mpeg4"  # I, P, B, S
+             for picture in re.finditer(b"\0\0\1\xb6(.)", bytes(p), re.S)}
+    several = name == "h264" and _references(head or b"") != 1
+    unfit = f"codec {name} exports no motion vectors" if name not in MOTION_CODECS else \
+        "it has B-frames" if 2 in kinds or given != sorted(given) else \
+        "it has global motion compensation" if 3 in kinds else \
+        "its P-frames may refer to several frames" if several else ""
     if vague or None in pts or len(set(pts)) < len(pts) or (reorders and pts == sorted(pts)):
         # raw streams have no timestamps, AVI has none that fit B-frames: HMDB51 is full of these
-        return VideoIndex(None, np.zeros(1, int), count)
+        return VideoIndex(None, np.zeros(1, int), count, unfit)
     keys = np.searchsorted(np.sort(pts), sorted(p.pts for p in held if p.is_keyframe))
-    return VideoIndex(np.sort(pts), np.union1d([0], keys), count)  # 0: a start between keyframes
+    keys = np.union1d([0], keys)  # 0: a start between keyframes
+    return VideoIndex(np.sort(pts), keys, count, unfit)
 
 
-def read_frames(path, indices, side=None):
-    """Decode the frames at `indices` (any order, repeats allowed) -> uint8 (T, 3, H, W).
-
-    side: the shorter side in pixels, resized (bicubic) while converting to RGB; None keeps the
-    size. Rotation flags are honoured. Seeks only where a keyframe lies between the last decoded
-    frame and the wanted one. Raises BadVideo, also where the file ends before a wanted frame (but
-    for two: decoders swallow some at the end of a packed AVI) and where the frame size changes.
-    """
-    index, converter = video_index(str(path)), VideoReformatter()
+def _decode(path, indices, export=None):
+    """Open, seek and decode, in one pass -> (None, frame) for each frame that is decoded, and then
+    (i, frame) again where it is the one wanted at i. Seeks only where a keyframe lies between the
+    last decoded frame and the wanted one. export: have motion vectors exported, with these options
+    of the decoder. Raises BadVideo."""
+    index, at, frame = video_index(str(path)), -1, None
     if not 0 <= min(indices) <= max(indices) < index.count:
         raise BadVideo(path, f"it has {index.count} frames, none for all of {list(indices)}")
-    pictures, at, frame, shape = {}, -1, None, None
     with open_video(path) as (container, stream):
+        if export is not None:
+            stream.codec_context.flags2 |= Flags2.export_mvs  # before anything is decoded
+            stream.codec_context.options = export
         decoder = container.decode(stream)
         for i in sorted(set(map(int, indices))):
             key = int(index.keys[max(0, bisect_right(index.keys, i) - 1)])
@@ -418,19 +446,287 @@ def read_frames(path, indices, side=None):
                 if new is not None:
                     trusted = index.pts is not None and new.pts is not None
                     frame, at = new, bisect_left(index.pts, new.pts) if trusted else at + 1
+                    yield None, frame
                 elif frame is not None and index.count - 1 - at <= 2:
                     at = index.count - 1  # the last frame stands in for one that never comes
                 else:
                     raise BadVideo(path, f"frame {i} of {index.count} is wanted, but decoding ends "
                                          f"after frame {at}: cut off or damaged")
-            size = frame.width, frame.height
-            if size != (shape := shape or size):
-                raise BadVideo(path, f"the frame size changes from {shape} to {size}")
-            scaled = [max(1, round(a * side / min(size))) for a in size] if side else size
-            picture = converter.reformat(frame, *scaled, "rgb24", threads=1,
-                                         interpolation=Interpolation.BICUBIC).to_ndarray()
-            pictures[i] = np.rot90(picture, round(frame.rotation / 90))
+            yield i, frame
+
+
+def read_frames(path, indices, side=None):
+    """Decode the frames at `indices` (any order, repeats allowed) -> uint8 (T, 3, H, W).
+
+    side: the shorter side in pixels, resized (bicubic) while converting to RGB; None keeps the
+    size. Rotation flags are honoured. Raises BadVideo, also where the file ends before a wanted
+    frame (but for two: decoders swallow some at the end of a packed AVI) and where the frame size
+    changes.
+    """
+    converter, pictures, shape = VideoReformatter(), {}, None
+    for i, frame in _decode(path, indices):
+        if i is None:
+            continue
+        size = frame.width, frame.height
+        if size != (shape := shape or size):
+            raise BadVideo(path, f"the frame size changes from {shape} to {size}")
+        scaled = [max(1, round(a * side / min(size))) for a in size] if side else size
+        picture = converter.reformat(frame, *scaled, "rgb24", threads=1,
+                                     interpolation=Interpolation.BICUBIC).to_ndarray()
+        pictures[i] = np.rot90(picture, round(frame.rotation / 90))
     return torch.from_numpy(np.stack([pictures[int(i)] for i in indices])).permute(0, 3, 1, 2)
+
+
+# ---- compressed decoding -------------------------------------------------------------------------
+# A P-frame t is stored as vectors, a block of 8 or 16 pixels each, and what they leave over. Traced
+# back through the P-frames to the I-frame of its group of pictures (GOP), vector by vector,
+#     A_t(p) = A_{t-1}(p - v_t(p)),  A_0(p) = p,  MV_t(p) = p - A_t(p),  R_t(p) = F_t(p) - I(A_t(p))
+# after CoViAR (Wu et al., CVPR 2018), but: vectors keep their quarters of a pixel, where CoViAR
+# cuts them to whole ones; a track that leaves the picture goes on from its border, as decoders do,
+# where CoViAR leaves that pixel unmoved; I is read between pixels (bilinear). As there, a block
+# without a vector (intra coded) counts as still: the residual holds what is new in it.
+
+MOTION_CODECS = ("mpeg4", "h264", "mpeg1video", "mpeg2video", "h263", "flv")
+VECTORS = np.dtype({  # FFmpeg's AVMotionVector; (dst_x, dst_y) is the centre of the block
+    "names": ["source", "w", "h", "src_x", "src_y", "dst_x", "dst_y", "x", "y", "scale"],
+    "formats": ["i4", "u1", "u1", "i2", "i2", "i2", "i2", "i4", "i4", "u2"],
+    "offsets": [0, 4, 5, 6, 8, 10, 12, 24, 28, 32], "itemsize": 40})
+
+
+def _references(extradata):
+    """How many frames an H.264 stream may refer to, from its sequence parameter set (ITU-T H.264,
+    7.3.2.1.1), or None where that is not found."""
+    found = re.search(rb"[\x27\x47\x67](.{3,}?)(?=\0\0\1|$)", extradata, re.S)
+    if not found:
+        return None
+    sps = found[1].replace(b"\0\0\3", b"\0\0")
+    bits, at = "".join(f"{byte:08b}" for byte in sps) + "1" * 64, 24  # profile, flags, level
+
+    def skip(count):  # that many bits
+        nonlocal at
+        at += count
+        return int(bits[at - count:at] or "0", 2)
+
+    def golomb():
+        zeros = bits.index("1", at) - at
+        return skip(2 * zeros + 1) - 1
+
+    golomb()
+    if sps[0] in (100, 110, 122, 244, 44, 83, 86, 118, 128, 134, 135, 138, 139):
+        skip(1 if golomb() == 3 else 0)
+        golomb(), golomb(), skip(1)
+        if skip(1):
+            return None  # scaling matrices
+    golomb()
+    order = golomb()
+    if order == 0:
+        golomb()
+    elif order == 1:
+        skip(1), golomb(), golomb(), [golomb() for _ in range(golomb())]
+    return golomb()
+
+
+def p_frames(path):
+    """Positions of the frames that have motion -> (P,): all but I-frames, of a file that may have
+    no others all of them. Raises BadVideo."""
+    index = video_index(str(path))
+    found = np.setdiff1d(np.arange(index.count), index.keys)
+    return found if len(found) else np.arange(index.count)
+
+
+class Coded(NamedTuple):
+    """S frames of a clip as they are stored: their I-frames and they themselves, decoded, uint8
+    (S, 3, H, W); motion: int16 (S, 2, h, w), x and y in quarters of a pixel, at every 4th pixel."""
+    intra: torch.Tensor | None
+    frame: torch.Tensor | None
+    motion: torch.Tensor
+
+
+def read_compressed(path, indices, pictures=True, whole=False, step=4):
+    """Decode the frames at `indices` with their I-frames and the motion between the two, MV above,
+    in one pass over each GOP -> Coded. The motion of an I-frame is 0.
+
+    pictures=False: motion alone, and the decoder leaves out what only pictures need. whole: cut
+    vectors to whole pixels as CoViAR does. step: trace every step-th pixel, from the middle of a
+    step x step block. Raises BadVideo as read_frames does, and for what VideoIndex.unfit names,
+    interlaced and rotated frames: re-encode these.
+    """
+    if why := video_index(str(path)).unfit:
+        raise BadVideo(path, f"{why}: re-encode it")
+    convert, seen, vectors, shape, intra = VideoReformatter(), {}, [], None, None
+    export = {} if pictures else {"skip_idct": "all", "skip_loop_filter": "all"}
+    for i, frame in _decode(path, indices, export):
+        if i is not None:
+            seen[i] = list(vectors), *[
+                convert.reformat(f, format="rgb24", threads=1).to_ndarray() for f in (intra, frame)
+                if pictures]
+            continue
+        size = frame.height, frame.width
+        if size != (shape := shape or size):
+            raise BadVideo(path, f"the frame size changes from {shape[::-1]} to {size[::-1]}")
+        odd = [what for what, found in (
+            ("a B-frame", frame.pict_type == PictureType.B), ("rotated", frame.rotation),
+            ("interlaced", frame.interlaced_frame)) if found]
+        if odd:
+            raise BadVideo(path, f"a frame in it is {odd[0]}: re-encode it")
+        if frame.pict_type == PictureType.I or intra is None:  # wherever the encoder put one
+            intra, vectors = frame, []
+        else:  # frame.side_data would make a reference cycle
+            held = SideDataContainer(frame).get("MOTION_VECTORS")
+            vectors.append(b"" if held is None else bytes(held))
+    vectors, *held = zip(*[seen[int(i)] for i in indices], strict=True)
+    held = [torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2) for part in held] or [None, None]
+    motion = _trace(vectors, *shape, whole, step)
+    if motion is None:
+        raise BadVideo(path, "a vector points forward in time (B-frames): re-encode it")
+    return Coded(*held, torch.from_numpy(motion))
+
+
+def _trace(samples, H, W, whole, step):
+    """MV of S samples, each the vectors of its P-frames as bytes, oldest first -> int16 (S, 2, h,
+    w) in quarters of a pixel. None where a vector points forward in time."""
+    frames = [(s, j, part) for s, parts in enumerate(samples) for j, part in enumerate(parts[::-1])]
+    rows = np.frombuffer(b"".join(part for _, _, part in frames), VECTORS)
+    if (rows["source"] > 0).any():
+        return None
+    S, J = len(samples), max(map(len, samples))  # all vectors onto a grid of 8-pixel cells at once
+    h8, w8 = -(-H // 8) + 1, -(-W // 8) + 1      # and one more, for blocks that reach out
+    count = [len(part) // VECTORS.itemsize for _, _, part in frames]
+    origin = np.repeat(np.array([(j * S + s) * h8 * w8 for s, j, _ in frames], int), count)
+    w, h = rows["w"].copy(), rows["h"].copy()    # 8 or 16; (h >> 1) keeps their 8 bits
+    cell = origin + ((rows["dst_y"] - (h >> 1)) >> 3) * np.int32(w8)
+    cell += (rows["dst_x"] - (w >> 1)) >> 3
+    wide, high = np.flatnonzero(w > 8), np.flatnonzero(h > 8)
+    both = wide[h.take(wide) > 8]
+    reach = [(i, cell.take(i) + more) for i, more in ((wide, 1), (high, w8), (both, w8 + 1))]
+    per_pixel = np.int16(4 // max(1, int(rows["scale"][0]))) if len(rows) else 1
+    field = np.zeros((2, J * S * h8 * w8), np.int16)
+    for cells, axis in zip(field, "xy", strict=True):
+        v = (rows[f"src_{axis}"] - rows[f"dst_{axis}"]) * np.int16(4) if whole else \
+            rows[axis].astype(np.int16) * per_pixel
+        cells[cell] = v
+        for i, others in reach:
+            cells[others] = v.take(i)
+    y, x = np.mgrid[0:-(-H // step), 0:-(-W // step)].astype(np.int16) * step + step // 2
+    start = np.stack([np.minimum(x, W - 1), np.minimum(y, H - 1)]) * np.int16(4) + 2
+    x, y = ends = np.repeat(start.reshape(2, 1, -1), S, 1)                      # (S, h*w) each
+    at = np.empty(x.shape, np.intp)
+    for v_x, v_y in zip(*field.reshape(2, J, S, h8 * w8), strict=True):
+        np.multiply(y >> 5, w8, out=at)
+        at += x >> 5
+        for s in range(S):
+            x[s] += v_x[s].take(at[s])
+            y[s] += v_y[s].take(at[s])
+        x.clip(2, 4 * W - 2, out=x)
+        y.clip(2, 4 * H - 2, out=y)
+    return (start[:, None] - ends.reshape(2, S, *start.shape[1:])).swapaxes(0, 1)
+
+
+def modalities(coded, step=4):
+    """Coded -> mv float (S, 2, H, W), in pixels; r, F - I(A), float (S, 3, H, W), whole numbers of
+    -255..255; i uint8 (S, 3, H, W). Exactly: F = round(warp(i, mv)) + r."""
+    H, W = coded.frame.shape[-2:]
+    mv = coded.motion.repeat_interleave(step, -1).repeat_interleave(step, -2)[..., :H, :W] / 4
+    return mv, coded.frame - warp(coded.intra, mv).round(), coded.intra
+
+
+def warp(i, mv):
+    """I(A): i (S, 3, H, W) read at p - mv(p), mv (S, 2, H, W) in pixels. -> float (S, 3, H, W)"""
+    H, W = i.shape[-2:]
+    y, x = torch.meshgrid(torch.arange(H, device=i.device), torch.arange(W, device=i.device),
+                          indexing="ij")
+    at = torch.stack([(2 * (x - mv[:, 0]) + 1) / W - 1, (2 * (y - mv[:, 1]) + 1) / H - 1], -1)
+    return F.grid_sample(i.float(), at, padding_mode="border", align_corners=False)
+
+
+def compressed_view(clips, size, rngs=None, mirror=None, scales=(1, .875, .75)):
+    """What the three networks see of B clips, cropped and flipped as one -> {"mv": (B, S, 2, size,
+    size), pixels / 40, cut to -.5 and .5; "r": (B, S, 3, size, size), -1..1; "i": the same, 0..1}
+
+    rngs, a numpy generator per clip, and mirror, a bool per clip: training, a square of `scales`
+    times the shorter side, anywhere; flip p .5, which negates mv's x. Without: the middle square.
+    """
+    out = []
+    for n, coded in enumerate(clips):
+        mv, r, i = modalities(coded)
+        video, (H, W) = torch.cat([(mv / 40).clamp(-.5, .5), r / 255, i / 255], 1), mv.shape[-2:]
+        side = min(H, W)
+        top, left = (H - side) // 2, (W - side) // 2
+        if rngs:
+            side = max(1, int(side * rngs[n].choice(scales)))
+            top, left = int(rngs[n].integers(H - side + 1)), int(rngs[n].integers(W - side + 1))
+        video = TF.resized_crop(video, top, left, side, side, [size, size], antialias=True)
+        if rngs and rngs[n].random() < .5 and mirror[n]:
+            video = video.flip(-1)
+            video[:, 0] = -video[:, 0]
+        out.append(video)
+    return dict(zip(("mv", "r", "i"), torch.stack(out).split((2, 3, 3), 2), strict=True))
+
+
+def reencode_video(path, out):
+    """Write a video as CoViAR has it, MPEG-4 part 2, 340 x 256, an I-frame every 12 frames, no
+    B-frames, quantiser 1, to `out`, a path or a file object. -> number of frames written, and lost.
+    Frame by frame at a constant rate; a rotation flag is carried out. Raises BadVideo."""
+    count, written, lost = video_index(str(path)).count, 0, 0
+    with av.open(out, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=25, options={
+            "g": "12", "bf": "0", "qmin": "1", "qmax": "1"})
+        stream.width, stream.height, stream.pix_fmt = 340, 256, "yuv420p"
+        try:
+            for i, frame in _decode(path, range(count)):
+                if i is not None:
+                    continue
+                if frame.rotation:
+                    turned = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+                    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(turned), "rgb24")
+                frame = frame.reformat(340, 256, "yuv420p", threads=1)
+                frame.pts, frame.time_base, frame.pict_type = written, Fraction(1, 25), 0
+                container.mux(stream.encode(frame))
+                written += 1
+        except BadVideo:
+            if not written:
+                raise
+            lost = count - written
+        container.mux(stream.encode(None))
+    return written, lost
+
+
+def _reencode_file(path, out):
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part, remark = out.with_name(f"{out.name}.part"), ""
+    try:
+        written, lost = reencode_video(path, str(part))
+        if lost:
+            remark = f"{path}: damaged, only {written} of {written + lost} frames are in the copy"
+    except BadVideo as error:
+        shutil.copyfile(path, part)
+        if path.suffix not in (".csv", ".txt", ".json"):
+            remark = f"{path}: copied as it is: {error.reason}"
+    part.rename(out)
+    return remark
+
+
+def reencode(folder, target=None, workers=None):
+    """Copy a data set into CoViAR's form (see reencode_video) -> folder of the copy, by default
+    FOLDER-mpeg4. Paths stay the same, so lists and class folders hold; whatever is no video is
+    copied as it is, and so is a video that cannot be decoded, with a word on stderr: it will count
+    as wrong. The source is only read. Files that the copy has are left: a kill costs little. Raises
+    BadInput where one folder lies in the other."""
+    folder, target = Path(folder).resolve(), Path(target or f"{folder}-mpeg4").resolve()
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder")
+    if folder.is_relative_to(target) or target.is_relative_to(folder):
+        raise BadInput(f"{folder} cannot be re-encoded into {target}: one lies in the other")
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    pairs = [(path, target / path.relative_to(folder)) for path in paths]
+    todo = [(path, out) for path, out in pairs if not out.exists()]
+    if todo:
+        print(f"re-encoding {len(todo)} files of {folder} into {target} ...", file=sys.stderr)
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            for remark in pool.map(_reencode_file, *zip(*todo, strict=True)):
+                if remark:
+                    print(remark, file=sys.stderr)
+    return target
 
 
 # ---- loaders -------------------------------------------------------------------------------------
@@ -439,10 +735,10 @@ def read_frames(path, indices, side=None):
 
 
 class Sample(NamedTuple):
-    """video: uint8 (V*T, 3, H, W), or None where it cannot be decoded; label: class index; key:
-    (epoch, index); bad: [(path, reason)] of the clips that failed on the way. A batch is a Sample
-    of lists: clips differ in shape until they are cropped."""
-    video: torch.Tensor | None
+    """video: uint8 (V*T, 3, H, W) or Coded, None where none can be decoded; label: class index;
+    key: (epoch, index); bad: [(path, reason)] of the clips that failed on the way. A batch is a
+    Sample of lists: clips differ in shape until they are cropped."""
+    video: torch.Tensor | Coded | None
     label: int
     key: tuple
     bad: list
@@ -451,12 +747,13 @@ class Sample(NamedTuple):
 class Clips(torch.utils.data.Dataset):
     """Decodes the clip of a key (epoch, index) -> Sample.
 
-    clips: list of (path, class index). frames: T. side: shorter side in pixels. sampling: `tsn` or
-    `dense`, the latter with `views` windows at test. train: random frames (jitter=False: those of
-    the test), and another clip takes the place of one that cannot be decoded.
+    clips: list of (path, class index). frames: T or S. side: shorter side in pixels. sampling:
+    `tsn`, `dense`, this with `views` windows at test, or `coded`, a P-frame of each of S segments.
+    train: random frames (jitter=False: those of the test), and another clip takes the place of one
+    that cannot be decoded.
     """
 
-    def __init__(self, clips, frames, side, sampling="tsn", views=1, train=False, seed=0,
+    def __init__(self, clips, frames, side=None, sampling="tsn", views=1, train=False, seed=0,
                  jitter=True):
         self.clips, self.frames, self.side, self.train = clips, frames, side, train
         self.sampling, self.views, self.seed, self.jitter = sampling, views, seed, jitter
@@ -471,6 +768,10 @@ class Clips(torch.utils.data.Dataset):
             path, label = self.clips[i]
             try:
                 count, draw = video_index(path).count, rng if self.train and self.jitter else None
+                if self.sampling == "coded":
+                    found = p_frames(path)
+                    indices = found[segment_indices(len(found), self.frames, draw)]
+                    return Sample(read_compressed(path, indices), label, key, bad)
                 indices = segment_indices(count, self.frames, draw) if self.sampling == "tsn" \
                     else dense_indices(count, self.frames, draw, self.views).ravel()
                 return Sample(read_frames(path, indices, self.side), label, key, bad)
@@ -846,3 +1147,110 @@ def build_action_clip(spec, fusion_layers=6, cache="runs/cache", token=False):
         load_strictly(model.fusion, saved["fusion"], spec.partition(":")[2],
                       f"a fusion head of {fusion_layers} layers")
     return model
+
+
+# ---- exit networks -------------------------------------------------------------------------------
+
+
+def _toy_resnet():
+    """ResNet with a block a stage and an eighth of ResNet-18's width."""
+    block = torchvision.models.resnet.BasicBlock
+    net = torchvision.models.ResNet(block, [1, 1, 1, 1])
+    net.conv1, net.bn1 = nn.Conv2d(3, 16, 7, 2, 3, bias=False), nn.BatchNorm2d(16)
+    net.inplanes = 16
+    for i in range(4):
+        setattr(net, f"layer{i + 1}", net._make_layer(block, 16 * 2 ** i, 1, stride=1 + (i > 0)))
+    net.fc = nn.Linear(128, 1)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return net
+
+
+class ExitNet(nn.Module):
+    """The network of one modality, cut where its exits sit: behind layer1, 2 and 3 of a ResNet; its
+    own classifier is exit 4. mv and r start with a BatchNorm, i with ImageNet's mean and std.
+
+    name: `toy` or any ResNet of torchvision (ResNeXt and Wide ResNet are such, too). imagenet:
+    torchvision's weights, but for the classifier and mv's first layer. Raises BadInput.
+    """
+
+    def __init__(self, modality, name, classes, imagenet=False):
+        super().__init__()
+        models = torchvision.models
+        known = [n for n in models.list_models(models) if re.match(r"(wide_)?resne(t|xt)\d", n)]
+        if name != "toy" and name not in known:
+            raise BadInput(f"unknown network {name}; there are toy, {', '.join(known)}")
+        if imagenet and name == "toy":
+            raise BadInput("the toy network has no ImageNet weights")
+        try:
+            net = _toy_resnet() if name == "toy" else models.get_model(
+                name, weights="DEFAULT" if imagenet else None)
+        except OSError as error:  # no network
+            url = models.get_model_weights(name).DEFAULT.url
+            raise BadInput(f"{name}: cannot fetch its weights ({error}); put {url} into "
+                           f"{torch.hub.get_dir()}/checkpoints") from error
+        self.modality, self.name = modality, name
+        self.input = nn.BatchNorm2d(2 if modality == "mv" else 3) if modality != "i" else None
+        if modality == "mv":
+            net.conv1 = nn.Conv2d(2, net.conv1.out_channels, 7, 2, 3, bias=False)
+            nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+        net.fc = nn.Linear(net.fc.in_features, classes)
+        self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
+        self.layers = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
+        self.fc = net.fc
+
+    def stages(self, x):
+        """x (B, S, C, H, W) of compressed_view -> yields the feature maps behind layer1 to 4, each
+        (B*S, c, h, w); a caller who stops early spares the rest."""
+        x = x.flatten(0, 1)
+        x = self.input(x) if self.input else TF.normalize(x, (.485, .456, .406),
+                                                          (.229, .224, .225))
+        x = self.stem(x)
+        for layer in self.layers:
+            x = layer(x)
+            yield x
+
+    def classify(self, f, S):
+        """The network's own logits from the map behind layer4: consensus, the mean of S segments.
+        (B*S, c, h, w) -> (B, K)"""
+        return self.fc(f.mean((2, 3))).unflatten(0, (-1, S)).mean(1)
+
+    def forward(self, x):
+        """x (B, S, C, H, W) -> the maps of exits 1 to 3, and the logits of exit 4, (B, K)"""
+        *maps, last = self.stages(x)
+        return maps, self.classify(last, x.shape[1])
+
+
+class ExitHead(nn.Sequential):
+    """An exit: Conv2d, BatchNorm2d, AdaptiveAvgPool2d(4), Linear, without any activation, as in the
+    paper's code; then the consensus. (B*S, c, h, w), S -> (B, K)"""
+
+    def __init__(self, width, out, kernel, classes):
+        super().__init__(nn.Conv2d(width, out, kernel, padding=1, bias=False), nn.BatchNorm2d(out),
+                         nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * out, classes))
+
+    def forward(self, f, S):
+        return super().forward(f).unflatten(0, (-1, S)).mean(1)
+
+
+def exit_heads(net, classes):
+    """Exits 1 to 3 of an ExitNet, with the convolutions of the paper's code: for networks of basic
+    blocks (ResNet-18) c to c, kernels 7, 3, 3; of bottlenecks (ResNet-50) 256 to 64, 512 to 256,
+    1024 to 1024, kernels 3."""
+    last = [layer[-1] for layer in net.layers[:3]]
+    if hasattr(last[0], "conv3"):
+        sizes = [(block.conv3.out_channels, part, 3) for block, part in zip(last, (4, 2, 1),
+                                                                            strict=True)]
+        sizes = [(width, width // part, kernel) for width, part, kernel in sizes]
+    else:
+        sizes = [(block.conv2.out_channels,) * 2 + (kernel,) for block, kernel in zip(
+            last, (7, 3, 3), strict=True)]
+    return nn.ModuleList(ExitHead(*size, classes) for size in sizes)
+
+
+def exit_logits(net, heads, x):
+    """The consensus logits (B, K) of exits 1 to 4 for x (B, S, C, H, W), one after the other: what
+    lies behind an exit runs only when the next is asked for."""
+    for k, f in enumerate(net.stages(x)):
+        yield heads[k](f, x.shape[1]) if k < 3 else net.classify(f, x.shape[1])
