@@ -149,11 +149,12 @@ def write_video(path, frames, fps=24, codec="mpeg4", pix_fmt="yuv420p", **option
 
 def make_toy_folder(folder, train=1200, test=300, seed=0, pairs=False):
     """Draw and encode toy clips into `folder`: train1.csv, test1.csv, train2.csv, test2.csv (see
-    above), truth.json and the clips. pairs: the classes are "circle moving left", ..., the clips
-    larger and longer, with vectors for blocks of 8 pixels."""
+    above), truth.json and the clips. pairs: split 1 alone, circles and crosses, the classes "circle
+    moving left", ...; the clips larger and longer, with vectors for blocks of 8 pixels."""
     rng, truths = np.random.default_rng(seed), {}
-    for part, count, lists in (("train", train, ("train1", "train2")), ("test", test, ("test1",)),
-                               ("swapped", test, ("test2",))):
+    parts = [("train", train, ("train1", "train2")), ("test", test, ("test1",)),
+             ("swapped", test, ("test2",))]
+    for part, count, lists in [("train", train, ("train1",)), parts[1]] if pairs else parts:
         (folder / part).mkdir(parents=True)
         rows = [("path", "label")]
         for i in range(count):
@@ -164,7 +165,7 @@ def make_toy_folder(folder, train=1200, test=300, seed=0, pairs=False):
             rows.append((f"{part}/{i:04d}.mp4", list(MOTIONS)[action]))
             truth = truths[rows[-1][0]] = toy_truth(rng, rows[-1][1], scene)
             if pairs:
-                truth["shape"] = SHAPES[i // len(MOTIONS) % len(SHAPES)]
+                truth["shape"] = ("circle", "cross")[i // len(MOTIONS) % 2]
                 rows[-1] = rows[-1][0], f"{truth['shape']} {truth['motion']}"
                 write_video(folder / rows[-1][0], toy_clip(truth, 24, 96)[0], flags="+mv4")
             else:
@@ -232,7 +233,7 @@ def read_data(data, split=1, allow_missing=False, cache="runs/cache", pairs=Fals
     """
     root = Path(data)
     if data == "toy":
-        make = functools.partial(make_toy_folder, train=960, test=288, pairs=True) if pairs \
+        make = functools.partial(make_toy_folder, train=900, test=240, pairs=True) if pairs \
             else make_toy_folder
         root = cached(cache, "toy-pairs" if pairs else "toy", make, make_toy_folder, toy_truth,
                       toy_clip, draw_toys, write_video, MOTIONS, SHAPES, COLOURS, SCENES)
@@ -1224,14 +1225,19 @@ class ExitNet(nn.Module):
 
 class ExitHead(nn.Sequential):
     """An exit: Conv2d, BatchNorm2d, AdaptiveAvgPool2d(4), Linear, without any activation, as in the
-    paper's code; then the consensus. (B*S, c, h, w), S -> (B, K)"""
+    paper's code. (B*S, c, h, w), S -> consensus logits (B, K): what is linear commutes with the
+    mean over segments, which therefore comes first."""
 
     def __init__(self, width, out, kernel, classes):
         super().__init__(nn.Conv2d(width, out, kernel, padding=1, bias=False), nn.BatchNorm2d(out),
                          nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * out, classes))
 
     def forward(self, f, S):
-        return super().forward(f).unflatten(0, (-1, S)).mean(1)
+        conv, norm, *linear = self
+        f = norm(conv(f)).unflatten(0, (-1, S)).mean(1)                         # (B, c, h, w)
+        for layer in linear:
+            f = layer(f)
+        return f
 
 
 def exit_heads(net, classes):
