@@ -711,8 +711,8 @@ def reencode(folder, target=None, workers=None):
     """Copy a data set into CoViAR's form (see reencode_video) -> folder of the copy, by default
     FOLDER-mpeg4. Paths stay the same, so lists and class folders hold; whatever is no video is
     copied as it is, and so is a video that cannot be decoded, with a word on stderr: it will count
-    as wrong. The source is only read. Files that the copy has are left: a kill costs little. Raises
-    BadInput where one folder lies in the other."""
+    as wrong. The source is only read. Files that the copy has are left unless they are older.
+    Raises BadInput where one folder lies in the other."""
     folder, target = Path(folder).resolve(), Path(target or f"{folder}-mpeg4").resolve()
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder")
@@ -720,7 +720,8 @@ def reencode(folder, target=None, workers=None):
         raise BadInput(f"{folder} cannot be re-encoded into {target}: one lies in the other")
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     pairs = [(path, target / path.relative_to(folder)) for path in paths]
-    todo = [(path, out) for path, out in pairs if not out.exists()]
+    todo = [(path, out) for path, out in pairs
+            if not out.exists() or out.stat().st_mtime < path.stat().st_mtime]
     if todo:
         print(f"re-encoding {len(todo)} files of {folder} into {target} ...", file=sys.stderr)
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:

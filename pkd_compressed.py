@@ -51,6 +51,7 @@ import platform
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import av
@@ -106,7 +107,8 @@ def teacher_at(step, steps, order, stream, third):
     if order == "anti":
         step = steps - 1 - step
     last = stream if third == "self" else "i"
-    return ("mv", "r", last, last, last, last)[6 * step // steps]               # (name)        (3)
+    sixths = ("mv", "r", last, last, last, last)                                # (6,)
+    return sixths[6 * step // steps]                                            #               (3)
 
 
 def exits_loss(z, labels, z_t, tau):
@@ -497,8 +499,9 @@ def flatness(streams, data, args, device, bad, clips=128, probes=30, sizes=(.01,
         note_bad(bad, batch, part)
         labels = [label for label, video in zip(batch.label, batch.video, strict=True)
                   if video is not None]
-        batches.append((see(batch, args.size, None, 0, device, train=False),
-                        torch.tensor(labels, device=device)))
+        if labels:
+            batches.append((see(batch, args.size, None, 0, device, train=False),
+                            torch.tensor(labels, device=device)))
     count = sum(len(labels) for _, labels in batches)
     for stream, net in streams.eval().nets.items():
         generator = torch.Generator(device).manual_seed(args.seed)
@@ -700,8 +703,9 @@ def main(argv=None):
         dist.barrier()  # process 0 goes first and fills the cache
     folder = args.data
     if args.reencode:
-        folder = reencode(folder, cache / f"{Path(folder).resolve().name}-mpeg4",
-                          max(1, args.workers))
+        source = Path(folder).resolve()  # two data sets may have one name
+        place_of_copy = cache / f"{zlib.crc32(bytes(source)):08x}" / f"{source.name}-mpeg4"
+        folder = reencode(source, place_of_copy, max(1, args.workers))
     data = read_data(folder, args.split, args.allow_missing, cache, pairs=True)
     refuse_unfit(data, args)
     bad = {"training": {}, "test": {}}  # {path: reason} of clips that cannot be decoded
