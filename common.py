@@ -411,7 +411,7 @@ def video_index(path):
     count, given = len(held) + max(0, lost), [t for t in pts if t is not None]
     kinds = {picture[1][0] >> 6 for p in held if name == "mpeg4"  # I, P, B, S
              for picture in re.finditer(b"\0\0\1\xb6(.)", bytes(p), re.S)}
-    several = name == "h264" and _references(head or b"") != 1
+    several = name == "h264" and _references(head or b"") not in (0, 1)
     unfit = f"codec {name} exports no motion vectors" if name not in MOTION_CODECS else \
         "it has B-frames" if 2 in kinds or given != sorted(given) else \
         "it has global motion compensation" if 3 in kinds else \
@@ -453,6 +453,9 @@ def _decode(path, indices, export=None):
                 else:
                     raise BadVideo(path, f"frame {i} of {index.count} is wanted, but decoding ends "
                                          f"after frame {at}: cut off or damaged")
+            if at > i and index.pts is not None and new is not None:
+                raise BadVideo(path, f"frame {i} of {index.count} is wanted, but frame {at} comes "
+                                     f"in its place: cut off or damaged")
             yield i, frame
 
 
@@ -487,7 +490,7 @@ def read_frames(path, indices, side=None):
 # where CoViAR leaves that pixel unmoved; I is read between pixels (bilinear). As there, a block
 # without a vector (intra coded) counts as still: the residual holds what is new in it.
 
-MOTION_CODECS = ("mpeg4", "h264", "mpeg1video", "mpeg2video", "h263", "flv")
+MOTION_CODECS = ("mpeg4", "h264", "mpeg1video", "mpeg2video", "h263", "flv1")
 VECTORS = np.dtype({  # FFmpeg's AVMotionVector; (dst_x, dst_y) is the centre of the block
     "names": ["source", "w", "h", "src_x", "src_y", "dst_x", "dst_y", "x", "y", "scale"],
     "formats": ["i4", "u1", "u1", "i2", "i2", "i2", "i2", "i4", "i4", "u2"],
@@ -537,10 +540,12 @@ def p_frames(path):
 
 class Coded(NamedTuple):
     """S frames of a clip as they are stored: their I-frames and they themselves, decoded, uint8
-    (S, 3, H, W); motion: int16 (S, 2, h, w), x and y in quarters of a pixel, at every 4th pixel."""
+    (S, 3, H, W), or None; motion: int16 (S, 2, h, w), x and y in quarters of a pixel, at every 4th
+    pixel; size: (H, W)."""
     intra: torch.Tensor | None
     frame: torch.Tensor | None
     motion: torch.Tensor
+    size: tuple
 
 
 def read_compressed(path, indices, pictures=True, whole=False, step=4):
@@ -570,8 +575,10 @@ def read_compressed(path, indices, pictures=True, whole=False, step=4):
             ("interlaced", frame.interlaced_frame)) if found]
         if odd:
             raise BadVideo(path, f"a frame in it is {odd[0]}: re-encode it")
-        if frame.pict_type == PictureType.I or intra is None:  # wherever the encoder put one
+        if frame.pict_type == PictureType.I:  # wherever the encoder put one
             intra, vectors = frame, []
+        elif intra is None:
+            raise BadVideo(path, "no I-frame stands where its motion starts: re-encode it")
         else:  # frame.side_data would make a reference cycle
             held = SideDataContainer(frame).get("MOTION_VECTORS")
             vectors.append(b"" if held is None else bytes(held))
@@ -580,7 +587,7 @@ def read_compressed(path, indices, pictures=True, whole=False, step=4):
     motion = _trace(vectors, *shape, whole, step)
     if motion is None:
         raise BadVideo(path, "a vector points forward in time (B-frames): re-encode it")
-    return Coded(*held, torch.from_numpy(motion))
+    return Coded(*held, torch.from_numpy(motion), shape)
 
 
 def _trace(samples, H, W, whole, step):
@@ -625,9 +632,11 @@ def _trace(samples, H, W, whole, step):
 
 def modalities(coded, step=4):
     """Coded -> mv float (S, 2, H, W), in pixels; r, F - I(A), float (S, 3, H, W), whole numbers of
-    -255..255; i uint8 (S, 3, H, W). Exactly: F = round(warp(i, mv)) + r."""
-    H, W = coded.frame.shape[-2:]
+    -255..255; i uint8 (S, 3, H, W). Exactly: F = round(warp(i, mv)) + r. Without pictures: mv."""
+    H, W = coded.size
     mv = coded.motion.repeat_interleave(step, -1).repeat_interleave(step, -2)[..., :H, :W] / 4
+    if coded.frame is None:
+        return (mv,)
     return mv, coded.frame - warp(coded.intra, mv).round(), coded.intra
 
 
@@ -649,8 +658,9 @@ def compressed_view(clips, size, rngs=None, mirror=None, scales=(1, .875, .75)):
     """
     out = []
     for n, coded in enumerate(clips):
-        mv, r, i = modalities(coded)
-        video, (H, W) = torch.cat([(mv / 40).clamp(-.5, .5), r / 255, i / 255], 1), mv.shape[-2:]
+        mv, *pictures = modalities(coded)
+        video = torch.cat([(mv / 40).clamp(-.5, .5), *(part / 255 for part in pictures)], 1)
+        H, W = coded.size
         side = min(H, W)
         top, left = (H - side) // 2, (W - side) // 2
         if rngs:
@@ -661,7 +671,8 @@ def compressed_view(clips, size, rngs=None, mirror=None, scales=(1, .875, .75)):
             video = video.flip(-1)
             video[:, 0] = -video[:, 0]
         out.append(video)
-    return dict(zip(("mv", "r", "i"), torch.stack(out).split((2, 3, 3), 2), strict=True))
+    parts = torch.stack(out).tensor_split((2, 5), 2)
+    return {name: part for name, part in zip(("mv", "r", "i"), parts, strict=True) if part.numel()}
 
 
 def reencode_video(path, out):

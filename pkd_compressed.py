@@ -166,7 +166,7 @@ class FixedCrops(Clips):
 
 def see(batch, size, mirror, seed, device, train=True):
     """A batch as the networks see it: {stream: (B, S, C, size, size)}"""
-    clips = [Coded(*(part.to(device, non_blocking=True) for part in coded))
+    clips = [Coded(*(part.to(device, non_blocking=True) for part in coded[:3]), coded.size)
              for coded in batch.video if coded is not None]
     if not train:
         return compressed_view(clips, size)

@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import os
 import urllib.error
 
 import av
@@ -300,7 +301,7 @@ def test_one_call_gives_what_single_calls_give(mixed, codec):
     indices = [30, 5, 5, 14, 17, 12, 39, 0, 23]
     together = read_compressed(mixed[codec], indices)
     for n, i in enumerate(indices):
-        for a, b in zip(read_compressed(mixed[codec], [i]), together, strict=True):
+        for a, b in zip(read_compressed(mixed[codec], [i])[:3], together[:3], strict=True):
             assert torch.equal(a[0], b[n])
     alone = read_compressed(mixed[codec], indices, pictures=False)
     assert torch.equal(alone.motion, together.motion)
@@ -336,9 +337,7 @@ def test_a_scene_cut_starts_the_chain_anew(tmp_path, codec):
 
 
 @pytest.mark.parametrize(("frames", "g", "options"), [
-    (6, "1", {}), (1, "12", {}), (1, "12", X264),
-    pytest.param(6, "1", X264, marks=pytest.mark.xfail(
-        reason="x264 writes 0 references here, which _references reads well, but 1 is asked for"))])
+    (6, "1", {}), (1, "12", {}), (1, "12", X264), (6, "1", X264)])
 def test_intra_frames_alone_have_neither_motion_nor_residual(tmp_path, frames, g, options):
     write_video(tmp_path / "a.mp4", pan(3, 1, frames), **{**options, "g": g})
     assert common.p_frames(tmp_path / "a.mp4").tolist() == list(range(frames))
@@ -366,7 +365,6 @@ def test_blocks_without_a_vector_count_as_still(tmp_path, codec):
         assert r[0, :, 32:64, 48:80].abs().mean() > 15
 
 
-@pytest.mark.xfail(reason="a seek lands on a P-frame, which is taken for an I-frame")
 def test_a_stream_refreshed_in_stripes_has_no_i_frame_to_start_from(tmp_path):
     # its packets call the start of each refresh a keyframe
     write_video(tmp_path / "a.mp4", pan(1, 0, 40), **X264,
@@ -425,9 +423,7 @@ def test_what_cannot_be_used_is_refused_with_its_cause(tmp_path, name):
 
 @pytest.mark.parametrize(("name", "options"), [
     ("a.avi", {}), ("a.mkv", X264), ("a.h264", X264), ("a.m4v", {}), ("a.ts", X264),
-    pytest.param("a.flv", {"codec": "flv"}, marks=pytest.mark.xfail(
-        reason="FFmpeg's name in MOTION_CODECS should be flv1")),
-    ("a.avi", {"codec": "h263"}), ("a.mpg", {"codec": "mpeg2video"}),
+    ("a.flv", {"codec": "flv"}), ("a.avi", {"codec": "h263"}), ("a.mpg", {"codec": "mpeg2video"}),
     ("qpel.mp4", {"flags": "+qpel"})])
 def test_other_containers_and_codecs_with_vectors(tmp_path, name, options):
     size = (144, 176) if "h263" in options.values() else (96, 128)
@@ -460,8 +456,7 @@ def test_references_of_nothing_are_unknown(extradata):
 
 @pytest.mark.parametrize(("name", "codec"), [
     ("a.avi", "mpeg4"), ("a.avi", "mv4"), ("a.mkv", "mpeg4"), ("a.mkv", "x264"),
-    # a cut AVI lacks its index, a seek in it ends behind the wanted frame: 24 is given for 20
-    pytest.param("a.avi", "x264", marks=pytest.mark.xfail(reason="_decode accepts such a frame"))])
+    ("a.avi", "x264")])  # a cut AVI lacks its index: a seek in it ends behind the wanted frame
 def test_cut_files_read_before_the_cut_and_are_bad_behind_it(tmp_path, name, codec):
     write_video(tmp_path / "whole.avi", pan(3, 1, 40), **CODECS[codec])
     write_video(tmp_path / name, pan(3, 1, 40), **CODECS[codec])
@@ -533,7 +528,7 @@ def test_a_frame_that_no_file_can_have_is_an_error(mixed, indices):
 
 
 def same(a, b):
-    return all(map(torch.equal, a, b))
+    return all(map(torch.equal, a[:3], b[:3])) and a.size == b.size
 
 
 def test_coded_samples_follow_their_key(pairs):
@@ -587,7 +582,8 @@ def marked(height=48, width=64, seed=0):
     still = torch.tensor([32, 16], dtype=torch.int16)[None, :, None, None] * mask
     mv = still.repeat_interleave(4, -1).repeat_interleave(4, -2) / 4
     r = 40 * mask.repeat_interleave(4, -1).repeat_interleave(4, -2)
-    return Coded(intra, (common.warp(intra, mv).round() + r).to(torch.uint8), still)
+    frame = (common.warp(intra, mv).round() + r).to(torch.uint8)
+    return Coded(intra, frame, still, (height, width))
 
 
 def masks(view):
@@ -611,7 +607,7 @@ def test_view_ranges():
     intra[..., 16:], frame[..., :16] = 255, 255
     far = torch.full((1, 2, 8, 8), 160, dtype=torch.int16)
     far[:, 1], far[..., 4:] = -160, 4
-    view = common.compressed_view([Coded(intra, frame.to(torch.uint8), far)], 32)
+    view = common.compressed_view([Coded(intra, frame.to(torch.uint8), far, (32, 32))], 32)
     assert (view["mv"].min(), view["mv"].max()) == (-.5, .5)  # 40 pixels are cut to 20
     assert torch.allclose(view["mv"][..., 31], torch.tensor(1 / 40))
     assert (view["r"].min(), view["r"].max()) == (-1, 1)
@@ -637,7 +633,7 @@ def test_one_crop_and_flip_for_all_three(mirror):
 def test_crops_are_of_the_scales():
     # a ramp: its slope in the view is the side of the crop
     ramp = torch.arange(64, dtype=torch.uint8).expand(1, 3, 48, 64).contiguous()
-    clip = Coded(ramp, ramp, torch.zeros(1, 2, 12, 16, dtype=torch.int16))
+    clip = Coded(ramp, ramp, torch.zeros(1, 2, 12, 16, dtype=torch.int16), (48, 64))
     sides, lefts = set(), set()
     for seed in range(60):
         row = common.compressed_view([clip], 48, [RNG(seed)], [False])["i"][0, 0, 0, 24] * 255
@@ -649,7 +645,7 @@ def test_crops_are_of_the_scales():
 
 def test_view_of_a_mirrored_clip_is_the_flip_of_its_view(mixed):
     clip = read_compressed(mixed["x264"], [7, 31])
-    mirrored = Coded(clip.intra.flip(-1), clip.frame.flip(-1), clip.motion.flip(-1))
+    mirrored = Coded(clip.intra.flip(-1), clip.frame.flip(-1), clip.motion.flip(-1), clip.size)
     mirrored.motion[:, 0] *= -1
     a, b = (common.compressed_view([c], 64) for c in (clip, mirrored))
     b = {name: view.flip(-1) for name, view in b.items()}
@@ -728,12 +724,14 @@ def test_a_folder_is_re_encoded_and_the_source_only_read(tmp_path, capsys):
 
     (target / "d.mkv").unlink()
     (target / "d.mkv.part").write_text("left by a kill")
-    kept = {path: path.stat().st_mtime_ns for path in target.rglob("*") if path.suffix != ".part"}
+    kept = {path: path.stat().st_mtime_ns for path in target.rglob("*")
+            if path.is_file() and path.name not in ("c.avi", "d.mkv.part")}
+    os.utime(target / "a" / "deep" / "c.avi", (0, 0))  # older than its source
     common.reencode(source, target, workers=1)
-    assert "re-encoding 1 files" in capsys.readouterr().err
+    assert "re-encoding 2 files" in capsys.readouterr().err
     assert assert_in_coviars_form(target / "d.mkv") == 9
-    assert {p: p.stat().st_mtime_ns for p in kept if p.is_file()} == {
-        p: time for p, time in kept.items() if p.is_file()}
+    assert (target / "a" / "deep" / "c.avi").stat().st_mtime > 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert not list(target.rglob("*.part"))
     common.reencode(source, target)  # nothing is left to do
     assert capsys.readouterr().err == ""
@@ -821,7 +819,7 @@ def test_exits_are_heads_on_the_maps_and_the_mean_over_segments(modality, channe
         if k < 3:
             assert torch.equal(logits[k], heads[k](maps[k], 3))
             by_hand = heads[k][4](heads[k][2](heads[k][1](heads[k][0](maps[k]))).flatten(1))
-            assert torch.equal(logits[k], by_hand.view(4, 3, 5).mean(1))
+            assert torch.allclose(logits[k], by_hand.view(4, 3, 5).mean(1), atol=1e-5)
 
 
 def test_nothing_behind_an_exit_runs():
@@ -888,3 +886,11 @@ def test_imagenet_weights_load_but_for_the_ends(tmp_path, monkeypatch, modality)
     for k, layer in enumerate(net.layers):
         for key, value in layer.state_dict().items():
             assert torch.equal(value, state[f"layer{k + 1}.{key}"])
+
+
+def test_without_pictures_the_view_is_that_of_the_motion(mixed):
+    for path in mixed.values():
+        whole, motion = (common.compressed_view([read_compressed(path, [7, 31], pictures=p)], 32)
+                         for p in (True, False))
+        assert list(motion) == ["mv"]
+        assert torch.equal(whole["mv"], motion["mv"])
