@@ -1,15 +1,21 @@
-"""Time of reading compressed clips, as a ratio to what decoding alone takes. Run it by hand, on a
-machine that does nothing else: `python tests/bench.py`. It is no test and pytest does not collect
-it.
+"""Two benchmarks. Run them by hand, on a machine that does nothing else: `python tests/bench.py`.
+They are no tests, and pytest does not collect them.
 
-A sample is 3 segments of a clip of 340 x 256, the frames of the test; the index of the file is
-cached, one thread. The floor is open, seek and decode of these frames by the same rule of seeking
-and nothing else. Against it: motion alone; I-frame, frame and motion (all); all with the residual
-computed on the CPU (it may be left to a GPU). They take turns, so that a change of the machine's
-speed hits all four; the medians are printed.
+1. Time of reading compressed clips, as a ratio to what decoding alone takes. A sample is 3 segments
+of a clip of 340 x 256, the frames of the test; the index of the file is cached, one thread. The
+floor is open, seek and decode of these frames by the same rule of seeking and nothing else. Against
+it: motion alone; I-frame, frame and motion (all); all with the residual computed on the CPU (it may
+be left to a GPU). They take turns, so that a change of the machine's speed hits all four; the
+medians are printed.
 
 Aimed at: all at most 1.6 (MPEG-4) and 1.2 (H.264) times the floor, motion alone 1.3 and 1.1.
+
+2. An epoch of exit training from what is kept of the frozen networks, as a share of an epoch that
+decodes and runs them (--cache-gb 0). Aimed at: 1/30 on the CPU with toy clips.
 """
+import contextlib
+import io
+import json
 import sys
 import tempfile
 import time
@@ -21,6 +27,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
+import pkd_compressed
 
 H, W, FRAMES, SEGMENTS, NOISE = 256, 340, 120, 3, .5
 AIMS = {"mpeg4": (1.3, 1.6), "h264": (1.1, 1.2)}  # motion, all
@@ -99,9 +106,33 @@ def bench_decoding(repeats=150):
                       flush=True)
 
 
+def bench_exits(clips=320, epochs=4):
+    """Median clips/s of pkd_compressed.py's stage 1 on toy clips, labels teaching (order ce)."""
+    print(f"\nexit training, {clips} toy clips, networks toy, one thread: clips/s\n\n"
+          f"| segments | pixels | plain | kept | plain / kept |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "toys"
+        common.make_toy_folder(data, train=clips, test=12, pairs=True)
+        for segments, size in ((3, 32), (3, 64)):
+            speed = []
+            for room in ("0", "16"):
+                with contextlib.redirect_stdout(io.StringIO()):
+                    pkd_compressed.main([
+                        "--data", str(data), "--out", folder, "--networks", "toy", "toy", "toy",
+                        "--segments", str(segments), "--size", str(size), "--order", "ce",
+                        "--epochs", "1", "--exit-epochs", str(epochs), "--crops", "1",
+                        "--holdout", "0", "--workers", "0", "--cache-gb", room])
+                log = Path(folder) / "pkd_compressed" / "toys-s1-seed0" / "metrics.jsonl"
+                rows = map(json.loads, log.read_text().splitlines())
+                speed.append(np.median([r["clips_per_s"] for r in rows if r["stage"] == "exits"]))
+            print(f"| {segments} | {size} | {speed[0]:.0f} | {speed[1]:.0f} "
+                  f"| 1/{speed[1] / speed[0]:.1f} |", flush=True)
+
+
 def main():
     torch.set_num_threads(1)
     bench_decoding()
+    bench_exits()
 
 
 if __name__ == "__main__":
