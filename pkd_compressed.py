@@ -735,8 +735,8 @@ def main(argv=None):
               f"clips; {args.segments} segments at {args.size} px", flush=True)
     mirror, log = mirrors(data.classes), saved["rows"] if saved else []
     about = {"networks": dict(zip(STREAMS, args.networks, strict=True)), "classes": data.classes,
-             "data": data.name, "split": args.split, "seed": args.seed, "size": args.size,
-             "segments": args.segments, "holdout": clip_names(held)}
+             "data": data.name, "folder": str(folder), "split": args.split, "seed": args.seed,
+             "size": args.size, "segments": args.segments, "holdout": clip_names(held)}
 
     def keep(**state):
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))

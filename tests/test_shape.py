@@ -10,13 +10,14 @@ import deit_video
 import pkd_compressed
 import spatial_kd
 import tinyclip_swap
+import wise_infer
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("tinyclip_swap", "spatial_kd", "deit_video", "pkd_compressed", "wise_infer")
 SCRIPTS = [path for name in NAMES if (path := ROOT / f"{name}.py").exists()]
 FILES = [ROOT / "common.py", *SCRIPTS]
 PARSERS = {f"{script.__name__}.py": script.parse for script in (
-    tinyclip_swap, spatial_kd, deit_video, pkd_compressed)}
+    tinyclip_swap, spatial_kd, deit_video, pkd_compressed, wise_infer)}
 
 
 def functions(path):
