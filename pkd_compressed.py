@@ -279,6 +279,13 @@ def train_streams(streams, saved, data, mirror, args, place, log, bad, keep):
                  schedule_state=schedule.state_dict())
 
 
+def same_buffers(module, world):
+    """BatchNorm's statistics of process 0 for all: DDP copies them before a step, not after the
+    last one."""
+    for buffer in module.buffers() if world > 1 else []:
+        dist.broadcast(buffer, 0)
+
+
 class Kept:
     """What is constant in stage 1, computed once: labels (N,) and all logits (N, K), and of the
     streams that fit the maps of exits 1-3 (N, S, c, h, w), fp16, in files mapped into memory.
@@ -727,7 +734,8 @@ def main(argv=None):
     if not rank:
         run.mkdir(parents=True, exist_ok=True)
         if not args.resume:
-            last.unlink(missing_ok=True)
+            for old in (last, run / "metrics.jsonl"):
+                old.unlink(missing_ok=True)
         (run / "run.json").write_text(json.dumps(record, indent=1))
         print(f"pkd_compressed.py on {machine()}, {world} process(es), torch {torch.__version__}, "
               f"seed {args.seed}\n{data.name}, split {args.split}: {len(data.classes)} classes, "
@@ -753,9 +761,11 @@ def main(argv=None):
             net.compile()
     if not saved or half:
         train_streams(streams, saved, data, mirror, args, place, log, bad["training"], keep)
+    same_buffers(streams, world)
     minima = flatness(streams, data, args, device, bad["training"]) if args.flatness else None
     train_exits(streams, exits, None if half else saved, data, mirror, args, place, run, log,
                 bad["training"], keep)
+    same_buffers(exits, world)
     top1, clips = evaluate(streams, exits, data, args, place, bad["test"])
     results = {"top1": top1, "clips": clips, "networks": about["networks"]}
     if minima:

@@ -288,7 +288,7 @@ def run_for_real(clips, nets, heads, exits, segments, size, device, weights, the
             if left[-1] not in macs:  # counted once: the modules are the same for the next
                 look = Looker(path, segments, size, device)
                 with FlopCounterMode(display=False) as counter:
-                    run_clip(nets, heads, exits, look, weights, theta)
+                    run_clip(nets, heads, exits[:len(z)], look)
                 macs[left[-1]] = counter.get_total_flops() / 2e9
         except BadVideo:
             said, left = [*said, -1], [*left, -1]
@@ -470,8 +470,8 @@ def point_table(points, exits):
         shares = " ".join(f"{stream}{k} {100 * share:.0f} %" for (stream, k), share in
                           zip(exits, r.get("shares", []), strict=False) if share > 0)
         theta = f"{r['theta']:9.6f}" if r.get("theta", 2.) < 2 else f"{'-':>9}"
-        lines.append(f"{name:28} {theta} {r['top1']:7.3f} {r['gmac']:9.4f} "
-                     f"{r['ms'] if 'ms' in r else float('nan'):8.2f}  {shares}")
+        ms = f"{r['ms']:8.2f}" if "ms" in r else f"{'-':>8}"
+        lines.append(f"{name:28} {theta} {r['top1']:7.3f} {r['gmac']:9.4f} {ms}  {shares}")
     return "\n".join([*lines, "ms: mean of a clip with decoding, one by one. At WISE's cost: the "
                       "same rule with other weights,\ntheta set on held-out clips to that cost."])
 
