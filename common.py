@@ -672,7 +672,8 @@ def compressed_view(clips, size, rngs=None, mirror=None, scales=(1, .875, .75)):
             video[:, 0] = -video[:, 0]
         out.append(video)
     parts = torch.stack(out).tensor_split((2, 5), 2)
-    return {name: part for name, part in zip(("mv", "r", "i"), parts, strict=True) if part.numel()}
+    return {name: part.contiguous() for name, part in zip(("mv", "r", "i"), parts, strict=True)
+            if part.numel()}
 
 
 def reencode_video(path, out):

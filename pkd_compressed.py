@@ -202,20 +202,19 @@ def save(state, path):
     os.replace(f"{path}.part", path)
 
 
-def clip_names(clips):
-    """By these a file of targets knows its clips: CLASS/NAME and size in bytes."""
-    return [f"{Path(path).parent.name}/{Path(path).name} {os.path.getsize(path)}"
-            for path, _ in clips]
+def listed_names(clips):
+    """By these a checkpoint knows its clips: the end of their paths, and their size in bytes."""
+    return [f"{'/'.join(Path(path).parts[-3:])} {os.path.getsize(path)}" for path, _ in clips]
 
 
 def hold_out(train, share, seed):
     """Keep that share of every class's training clips for wise_infer.py -> the rest, and those."""
     rng, held = np.random.default_rng([seed, 7]), set()
     for k in sorted({label for _, label in train}):
-        own = [i for i, (_, label) in enumerate(train) if label == k]
+        own = list(dict.fromkeys(path for path, label in train if label == k))
         held |= set(rng.permutation(own)[:min(len(own) - 1, round(share * len(own)))].tolist())
-    return ([clip for i, clip in enumerate(train) if i not in held],
-            [clip for i, clip in enumerate(train) if i in held])
+    return ([clip for clip in train if clip[0] not in held],
+            [clip for clip in train if clip[0] in held])
 
 
 def refuse_unfit(data, args):
@@ -744,7 +743,8 @@ def main(argv=None):
     mirror, log = mirrors(data.classes), saved["rows"] if saved else []
     about = {"networks": dict(zip(STREAMS, args.networks, strict=True)), "classes": data.classes,
              "data": data.name, "folder": str(folder), "split": args.split, "seed": args.seed,
-             "size": args.size, "segments": args.segments, "holdout": clip_names(held)}
+             "size": args.size, "segments": args.segments, "holdout": listed_names(held),
+             "exit_epochs": args.exit_epochs}
 
     def keep(**state):
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))

@@ -239,13 +239,13 @@ def exit_costs(nets, heads, exits, segments, size, device):
 
 
 def operate(logits, labels, whole, weights, theta, costs):
-    """What eq. (3) does with these clips -> top-1, mean GMAC, share leaving at each exit, classes
-    said (N,), exits (N,)"""
+    """What eq. (3) does with these clips -> top-1, and of those that can be decoded mean GMAC and
+    share leaving at each exit; classes said (N,), exits (N,)"""
     left = leave_at(logits, weights, theta)
     said = weighted_logits(logits, weights).argmax(-1)[left, torch.arange(len(left))]
     right = (said == labels) & whole
-    shares = torch.bincount(left, minlength=len(costs)) / len(left)
-    return {"top1": right.double().mean().item(), "gmac": expected_cost(left, costs).item(),
+    shares = torch.bincount(left[whole], minlength=len(costs)) / whole.sum()
+    return {"top1": right.double().mean().item(), "gmac": expected_cost(left[whole], costs).item(),
             "theta": float(theta), "shares": shares.tolist()}, said, left
 
 
@@ -352,19 +352,18 @@ def fit(logits, labels, args):
     return W / torch.arange(1, len(W) + 1)[:, None] if args.divide else W
 
 
-def clip_names(clips):
-    """By these a file of targets knows its clips: CLASS/NAME and size in bytes."""
-    return [f"{Path(path).parent.name}/{Path(path).name} {os.path.getsize(path)}"
-            for path, _ in clips]
+def listed_names(clips):
+    """By these a checkpoint knows its clips: the end of their paths, and their size in bytes."""
+    return [f"{'/'.join(Path(path).parts[-3:])} {os.path.getsize(path)}" for path, _ in clips]
 
 
 def held_out(saved, data, path):
     """The clips that pkd_compressed.py kept out of training -> [(path, label)]. Raises BadInput
     where there are none, where they are not in the training list, and where one is tested."""
     wanted = set(saved["holdout"])
-    held = [clip for clip, name in zip(data.train, clip_names(data.train), strict=True)
+    held = [clip for clip, name in zip(data.train, listed_names(data.train), strict=True)
             if name in wanted]
-    tested = wanted & set(clip_names(data.test))
+    tested = wanted & set(listed_names(data.test))
     if tested:
         raise BadInput(f"{path}: {len(tested)} held-out clips are test clips, first {min(tested)}: "
                        f"what is chosen on them may not be tested on them")
@@ -388,7 +387,9 @@ def load(args):
                        f"{args.data} --split {args.split} --seed {args.seed} --out {args.out}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        orders = saved["exits_state"]
+        orders, ran = saved["exits_state"], sum(row["stage"] == "exits" for row in saved["rows"])
+        if ran < saved["exit_epochs"]:
+            raise ValueError
     except Exception as error:
         raise BadInput(f"{path} is no finished checkpoint of pkd_compressed.py "
                        f"({type(error).__name__}); finish it with --resume") from error
@@ -513,11 +514,12 @@ def parse(argv=None):
         args.theta = args.theta if args.theta == "auto" else float(args.theta)
         pairs = [pair.split("=") for pair in filter(None, args.segments.split(","))]
         args.segments = {stream: int(count) for stream, count in pairs}
-        if not set(args.segments) <= set(STREAMS) or min(args.segments.values(), default=1) < 1:
+        if not set(args.segments) <= set(STREAMS) or min(args.segments.values(), default=1) < 1 \
+                or args.theta != args.theta:  # nan
             raise ValueError
     except ValueError:
         parser.error("--theta takes auto or a number, --segments something like mv=1,r=1,i=1")
-    if args.l1 < 0 or args.max_loss < 0:
+    if not (args.l1 >= 0 and args.max_loss >= 0):
         parser.error("--l1 and --max-loss take 0 or more")
     return args
 

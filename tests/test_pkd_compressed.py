@@ -403,6 +403,13 @@ def test_labels_are_not_read_where_a_teacher_is(trained, data, tmp_path, gb):
         assert same(a.heads[order].state_dict(), b.heads[order].state_dict()) == (order != "ce")
 
 
+def test_a_clip_listed_twice_is_held_out_twice_or_not_at_all():
+    train = [(name, k) for k in range(2) for name in f"{k}a {k}b {k}c {k}a {k}b".split()]
+    rest, held = hold_out(train, .4, 0)
+    assert not {path for path, _ in rest} & {path for path, _ in held}
+    assert sorted(rest + held) == sorted(train)
+
+
 def test_the_third_teacher_is_a_flag(trained, data, tmp_path):
     found = {}
     for third in ("self", "i"):
@@ -434,9 +441,9 @@ def test_held_out_clips_are_a_share_of_every_class(share, count):
 
 def test_no_held_out_and_no_test_clip_is_read_in_training(base, data):
     held = set(last(base.out)["holdout"])
-    training = set(pkd_compressed.clip_names([(path, 0) for path in base.training]))
+    training = set(pkd_compressed.listed_names([(path, 0) for path in base.training]))
     assert len(held) == 12
-    assert held | training == set(pkd_compressed.clip_names(data.train))
+    assert held | training == set(pkd_compressed.listed_names(data.train))
     assert not held & training
     assert not base.training & {path for path, _ in data.test}
 
@@ -447,7 +454,8 @@ def test_the_checkpoint_says_what_it_is_and_loads(base, data, small):
                                   "segments")} == {
         "networks": dict.fromkeys(STREAMS, "toy"), "classes": data.classes, "data": small.name,
         "split": 1, "seed": 0, "size": 32, "segments": 1}
-    sizes = {f"train/{p.name} {p.stat().st_size}" for p in (small / "train").iterdir()}
+    sizes = {f"{small.name}/train/{p.name} {p.stat().st_size}"
+             for p in (small / "train").iterdir()}
     assert set(state["holdout"]) < sizes
     torch.manual_seed(9)
     streams = Streams(state["networks"].values(), len(state["classes"]), False)
