@@ -700,6 +700,8 @@ def reencode_video(path, out):
             if not written:
                 raise
             lost = count - written
+        except (av.FFmpegError, ValueError) as error:  # a pixel format that cannot be converted
+            raise BadVideo(path, f"cannot be re-encoded ({type(error).__name__})") from error
         container.mux(stream.encode(None))
     return written, lost
 

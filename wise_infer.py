@@ -206,20 +206,23 @@ def run_clip(nets, heads, exits, look, weights=None, theta=2.):
 
 def all_logits(clips, nets, heads, exits, segments, size, device, bad):
     """-> logits (E, N, K) of clips [(path, label)], one by one as in use; labels (N,); and which
-    can be decoded, (N,). The others go into `bad` and have logits 0: they are wrong at any exit."""
+    can be decoded, (N,). The others go into `bad` and have logits 0: they are wrong at any exit.
+    Raises BadInput when they are more than ten and more than 1 % of the clips."""
     found, whole = [], []
     for path, _ in tqdm(clips, "logits", leave=False, disable=None):
         try:
             found.append(run_clip(nets, heads, exits, Looker(path, segments, size, device))[0])
             whole.append(True)
         except BadVideo as error:
-            print(f"cannot decode {path}: {error.reason}", file=sys.stderr)
+            if path not in bad:
+                print(f"cannot decode {path}: {error.reason}", file=sys.stderr)
             bad[path] = error.reason
             found.append(None)
             whole.append(False)
-    if not any(whole):
-        raise BadInput(f"none of {len(clips)} clips can be decoded, first {clips[0][0]}: "
-                       f"{bad[clips[0][0]]}")
+    lost = whole.count(False)
+    if lost == len(clips) or lost > max(10, .01 * len(clips)):
+        raise BadInput(f"{lost} of {len(clips)} clips cannot be decoded, the last one "
+                       f"{list(bad)[-1]}; mend them or take them off the list")
     zero = torch.zeros_like(next(z for z in found if z is not None))
     return (torch.stack([zero if z is None else z for z in found], 1),
             torch.tensor([label for _, label in clips]), torch.tensor(whole))
@@ -423,7 +426,8 @@ def classify(path, saved, nets, heads, exits, segments, device, weights, theta):
         if why:
             source = str(Path(folder) / "clip.mp4")
             start = time.perf_counter()
-            reencode_video(path, source)
+            _, lost = reencode_video(path, source)
+            why += f"; damaged, {lost} frames are lost" * bool(lost)
             note = f"  (re-encoded in {time.perf_counter() - start:.1f} s: {why})"
         video_index(source)
         start = time.perf_counter()
@@ -444,7 +448,10 @@ def draw_exits(test, saved, exits, said, left, sure, path):
     for j, c, i in [rows[n] for n in np.linspace(0, len(rows) - 1, min(30, len(rows))).astype(int)]:
         clip, label = test[i]
         found = p_frames(clip)
-        coded = read_compressed(clip, found[segment_indices(len(found), 1)])
+        try:
+            coded = read_compressed(clip, found[segment_indices(len(found), 1)])
+        except BadVideo:  # damaged, in a frame that the networks did not see
+            continue
         tile = F.interpolate(coded.frame.float(), scale_factor=160 / coded.size[0])[0].byte()
         tile = F.pad(TF.center_crop(tile, [160, 220]), (0, 0, 30, 0))
         words = [f"{exits[j][0]}{exits[j][1]}  {-c:.2f}", saved["classes"][said[i]][:34]]

@@ -591,6 +591,19 @@ def test_real_files_get_a_label(shared, few, quick, parts):
 # ---- mistakes
 
 
+def test_more_than_ten_clips_that_cannot_be_decoded_stop_the_run(parts, tmp_path, capsys):
+    lost, clips = [(str(tmp_path / f"{n}.mp4"), 0) for n in range(11)], parts.data.test[:2]
+    whole = all_logits([*lost[:10], *clips], *parts.looks[STREAMS], {})[2]
+    assert whole.tolist() == [False] * 10 + [True] * 2
+    bad = {}
+    with pytest.raises(BadInput, match="11 of 13 clips cannot be decoded"):
+        all_logits([*lost, *clips], *parts.looks[STREAMS], bad)
+    assert list(bad) == [path for path, _ in lost]
+    with pytest.raises(BadInput, match="1 of 1 clips"):
+        all_logits(lost[:1], *parts.looks[STREAMS], bad)
+    assert capsys.readouterr().err.count(f"{lost[0][0]}:") == 2  # named once a run
+
+
 def test_clips_of_one_name_and_size_in_training_and_test_are_different_clips(parts, tmp_path):
     rows = []
     for part in ("train", "test"):  # as in data/train/run/0.mp4 and data/test/run/0.mp4
