@@ -67,10 +67,13 @@ class BadVideo(Exception):
 # in half of the training clips and with nothing in the test clips of split 1; split 2 has the same
 # training clips, and every action of its test in the usual scene of another: a test of scene bias.
 # For the compressed scripts a class pairs a shape with a motion: each stream sees a part of that.
+# For tests on unseen classes there are the diagonals: their words are put together of trained ones.
 
 MOTIONS = {  # words -> direction of (x, y, log radius)
     "moving left": (-1, 0, 0), "moving right": (1, 0, 0), "moving up": (0, -1, 0),
     "moving down": (0, 1, 0), "growing": (0, 0, 1), "shrinking": (0, 0, -1)}
+DIAGONALS = {f"moving {down} and to the {across}": (x, y, 0)
+             for down, y in (("up", -1), ("down", 1)) for across, x in (("left", -1), ("right", 1))}
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (60, 80, 240),
            "yellow": (235, 220, 40), "purple": (180, 50, 210), "white": (245, 245, 245)}
@@ -123,7 +126,7 @@ def toy_clip(truth, frames=16, pixels=64):
     2): the way (x, y) in pixels that what is seen at a pixel has come since the frame before; 0 on
     the ground and in the first frame."""
     time = np.linspace(-.5, .5, frames, dtype=np.float32) * truth["speed"]
-    dx, dy, grow = MOTIONS[truth["motion"]]
+    dx, dy, grow = (MOTIONS | DIAGONALS)[truth["motion"]]
     x, y = truth["x"] + .5 * dx * time, truth["y"] + .5 * dy * time
     radius = truth["radius"] * np.exp(grow * time)
     video, inside = draw_toys([truth] * frames, x, y, radius, pixels)
@@ -147,7 +150,7 @@ def write_video(path, frames, fps=24, codec="mpeg4", pix_fmt="yuv420p", **option
         container.mux(stream.encode(None))
 
 
-def make_toy_folder(folder, train=1200, test=300, seed=0, pairs=False):
+def make_toy_folder(folder, train=1200, test=300, seed=0, pairs=False, motions=tuple(MOTIONS)):
     """Draw and encode toy clips into `folder`: train1.csv, test1.csv, train2.csv, test2.csv (see
     above), truth.json and the clips. pairs: split 1 alone, circles and crosses, the classes "circle
     moving left", ...; the clips larger and longer, with vectors for blocks of 8 pixels."""
@@ -158,14 +161,14 @@ def make_toy_folder(folder, train=1200, test=300, seed=0, pairs=False):
         (folder / part).mkdir(parents=True)
         rows = [("path", "label")]
         for i in range(count):
-            action = i % len(MOTIONS)
+            action = i % len(motions)
             scene = SCENES[(action + 2 * (part == "swapped")) % len(SCENES)]
             if part == "test" or (part == "train" and rng.random() >= .5):
                 scene = str(rng.choice(SCENES))
-            rows.append((f"{part}/{i:04d}.mp4", list(MOTIONS)[action]))
+            rows.append((f"{part}/{i:04d}.mp4", motions[action]))
             truth = truths[rows[-1][0]] = toy_truth(rng, rows[-1][1], scene)
             if pairs:
-                truth["shape"] = ("circle", "cross")[i // len(MOTIONS) % 2]
+                truth["shape"] = ("circle", "cross")[i // len(motions) % 2]
                 rows[-1] = rows[-1][0], f"{truth['shape']} {truth['motion']}"
                 write_video(folder / rows[-1][0], toy_clip(truth, 24, 96)[0], flags="+mv4")
             else:
@@ -174,6 +177,10 @@ def make_toy_folder(folder, train=1200, test=300, seed=0, pairs=False):
             with open(folder / f"{name}.csv", "w", newline="") as file:
                 csv.writer(file).writerows(rows)
     (folder / "truth.json").write_text(json.dumps(truths, indent=0))
+
+
+TOYS = {"toy": {}, "toy-pairs": {"train": 900, "test": 240, "pairs": True},  # for make_toy_folder
+        "toy-diagonals": {"train": 2000, "test": 500, "motions": (*MOTIONS, *DIAGONALS)}}
 
 
 def cached(cache, name, make, *sources):
@@ -222,21 +229,19 @@ def words(name):
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_", " ", name).lower()
 
 
-def read_data(data, split=1, allow_missing=False, cache="runs/cache", pairs=False):
+def read_data(data, split=1, allow_missing=False, cache="runs/cache", toys="toy"):
     """Read the lists of a data set: `toy`, or a folder in one of FORMATS. -> VideoData
 
     split: 1, 2 or 3, where there are several. Labels come from class names, never from ids in a
-    list. allow_missing: go on without listed clips that do not exist. pairs: `toy` is the toy set
-    of the compressed scripts (see make_toy_folder). Raises BadInput for an
-    unknown format, missing clips, an empty list, a class without training clips (so a test label
-    that training lacks) and a clip on both lists.
+    list. allow_missing: go on without listed clips that do not exist. toys: what `toy` is, one of
+    TOYS. Raises BadInput for an unknown format, missing clips, an empty list, a class without
+    training clips (so a test label that training lacks) and a clip on both lists.
     """
     root = Path(data)
     if data == "toy":
-        make = functools.partial(make_toy_folder, train=900, test=240, pairs=True) if pairs \
-            else make_toy_folder
-        root = cached(cache, "toy-pairs" if pairs else "toy", make, make_toy_folder, toy_truth,
-                      toy_clip, draw_toys, write_video, MOTIONS, SHAPES, COLOURS, SCENES)
+        root = cached(cache, toys, functools.partial(make_toy_folder, **TOYS[toys]), TOYS[toys],
+                      make_toy_folder, toy_truth, toy_clip, draw_toys, write_video, MOTIONS,
+                      DIAGONALS, SHAPES, COLOURS, SCENES)
     if not root.is_dir():
         raise BadInput(f"--data {data}: no such folder; name a folder, or `toy`; {FORMATS}")
     lists = [[root / f"{part}{number}.csv" for part in ("train", "test")] for number in (split, "")]
@@ -328,6 +333,34 @@ def _checked(name, root, train, test, allow_missing):
     return VideoData(name, classes, train, test, missing)
 
 
+def hold_out(data, count, seed=0):
+    """Keep `count` classes, chosen by the seed, out of training, to ask later what a model makes of
+    words that it was never trained on. Of the toy clips only diagonals are chosen.
+
+    -> the other classes and their clips, labels counted anew, and {"unseen": clips of the chosen
+    classes, to be told among these, "unseen_all": the same, to be told among all}; count 0: data,
+    {}. Raises BadInput where fewer than two classes would be left on either side."""
+    if not count:
+        return data, {}
+    able = [name for name in data.classes if name in DIAGONALS] or data.classes
+    most = min(len(able), len(data.classes) - 2)
+    if not 2 <= count <= most:
+        raise BadInput(f"--unseen {count}: of {data.name} 2 to {most} classes can be held out")
+    unseen = sorted(np.random.default_rng([seed, 4]).choice(able, count, replace=False).tolist())
+    seen = [name for name in data.classes if name not in unseen]
+
+    def part(chosen, classes, *parts):
+        """Clips of the chosen classes, to be told among `classes`."""
+        train, test = ([(path, classes.index(data.classes[label])) for path, label in clips
+                        if data.classes[label] in chosen] for clips in parts)
+        return data._replace(name=f"{data.name}-unseen{count}", classes=classes, train=train,
+                             test=test)
+
+    return part(seen, seen, data.train, data.test), {
+        "unseen": part(unseen, unseen, [], data.test),
+        "unseen_all": part(unseen, data.classes, [], data.test)}
+
+
 # ---- RGB decoding --------------------------------------------------------------------------------
 
 
@@ -360,11 +393,12 @@ def dense_indices(count, frames, rng=None, views=1):
 
 
 @contextlib.contextmanager
-def open_video(path):
-    """Open a file for decoding -> (container, video stream). PyAV's errors become BadVideo."""
+def open_video(path, **options):
+    """Open a file for decoding, or a stream with av.open's options for it -> (container, video
+    stream). PyAV's errors become BadVideo."""
     try:
         # HMDB51 has a file whose metadata are not UTF-8
-        with av.open(str(path), metadata_errors="replace") as container:
+        with av.open(str(path), metadata_errors="replace", **options) as container:
             covers = av.stream.Disposition.attached_pic
             streams = [s for s in container.streams.video if not s.disposition & covers]
             if not streams or container.format.name == "tty":  # FFmpeg draws a .txt as ANSI art
@@ -459,6 +493,15 @@ def _decode(path, indices, export=None):
             yield i, frame
 
 
+def to_picture(frame, side=None, converter=None):
+    """A decoded frame -> uint8 (H, W, 3), RGB, upright; side: as in read_frames."""
+    size = frame.width, frame.height
+    scaled = [max(1, round(a * side / min(size))) for a in size] if side else size
+    picture = (converter or VideoReformatter()).reformat(
+        frame, *scaled, "rgb24", threads=1, interpolation=Interpolation.BICUBIC).to_ndarray()
+    return np.rot90(picture, round(frame.rotation / 90))
+
+
 def read_frames(path, indices, side=None):
     """Decode the frames at `indices` (any order, repeats allowed) -> uint8 (T, 3, H, W).
 
@@ -474,10 +517,7 @@ def read_frames(path, indices, side=None):
         size = frame.width, frame.height
         if size != (shape := shape or size):
             raise BadVideo(path, f"the frame size changes from {shape} to {size}")
-        scaled = [max(1, round(a * side / min(size))) for a in size] if side else size
-        picture = converter.reformat(frame, *scaled, "rgb24", threads=1,
-                                     interpolation=Interpolation.BICUBIC).to_ndarray()
-        pictures[i] = np.rot90(picture, round(frame.rotation / 90))
+        pictures[i] = to_picture(frame, side, converter)
     return torch.from_numpy(np.stack([pictures[int(i)] for i in indices])).permute(0, 3, 1, 2)
 
 

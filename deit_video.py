@@ -77,6 +77,7 @@ from common import (
     build_action_clip,
     centre_crop,
     clip_loader,
+    hold_out,
     mirrors,
     note_bad,
     read_data,
@@ -597,12 +598,14 @@ def draw_attention(student, data, said, args, device, path):
 def table(results):
     """The arms as text, a row each."""
     lines = [f"{'arm':16} {'backbone':28} {'loss':>4} {'frame':>6} {'token':>6} {'mean':>6} "
-             f"{'agree':>6} {'cosine':>6} {'M':>7} {'GMAC':>8} {'ms':>8} {'clips/s':>8}"]
+             f"{'agree':>6} {'cosine':>6} {'M':>7} {'GMAC':>8} {'ms':>8} {'clips/s':>8}"
+             + f" {'unseen':>6} {'of all':>6}" * ("unseen" in next(iter(results.values())))]
     for name, r in results.items():
         lines.append(f"{name:16} {r['backbone']:28} {r['loss'] or '-':>4} {r['frame']:6.3f} "
                      f"{r['token']:6.3f} {r['mean']:6.3f} {r['agreement']:6.3f} {r['cosine']:6.3f} "
                      f"{r['parameters']:7.2f} {r['gmac']:8.3f} {r['ms']:8.2f} "
-                     f"{r['clips_per_s']:8.1f}")
+                     f"{r['clips_per_s']:8.1f}"
+                     + "".join(f" {r[key]:6.3f}" for key in ("unseen", "unseen_all") if key in r))
     first = next(iter(results.values()))
     return "\n".join([*lines, f"top-1 of {first['clips']} test clips by read-out; agree: with the "
                       f"teacher; cosine of the two vectors. M: parameters without\nthe word table; "
@@ -640,6 +643,8 @@ def parse(argv=None):
     add("--data", default="toy", help="toy, or a folder (the README lists the formats)")
     add("--split", type=int, default=1, choices=(1, 2, 3))
     add("--allow-missing", action="store_true", help="go on without missing clips")
+    add("--unseen", type=int, default=0, metavar="N", help="keep N classes, chosen by the seed, "
+        "out of training, and test on them, too (nor may a --teacher-checkpoint know them)")
     add("--frames", type=int, default=8, help="T, frames of a clip that the student sees")
     add = parser.add_argument_group("teacher").add_argument
     add("--teacher", default="toy-large", help="NAME[:WEIGHTS] of its backbone")
@@ -712,7 +717,8 @@ def spatial_tasks(args, data, rank):
     if not path.exists() and not args.spatial_targets and not rank:
         command = [sys.executable, str(Path(__file__).with_name("spatial_kd.py")), "--label-only",
                    "--data", args.data, "--split", args.split, "--frames", args.frames, "--seed",
-                   args.seed, "--out", args.out, *["--allow-missing"] * args.allow_missing]
+                   args.seed, "--out", args.out, "--unseen", args.unseen,
+                   *["--allow-missing"] * args.allow_missing]
         print(f"{path} is missing: running {' '.join(map(str, command[1:]))}", flush=True)
         alone = {key: value for key, value in os.environ.items() if key not in
                  ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
@@ -731,7 +737,9 @@ def main(argv=None):
     cache = Path(args.out) / "cache"
     if rank:
         dist.barrier()  # process 0 goes first and fills the cache
-    data = read_data(args.data, args.split, args.allow_missing, cache)
+    data = read_data(args.data, args.split, args.allow_missing, cache,
+                     "toy-diagonals" if args.unseen else "toy")
+    data, opened = hold_out(data, args.unseen, args.seed)
     bad = {"training": {}, "test": {}}  # {path: reason} of clips that cannot be decoded
     run = Path(args.out) / "deit_video" / f"{data.name}-s{args.split}-seed{args.seed}"
     record = start_record(args, run)
@@ -759,6 +767,9 @@ def main(argv=None):
         print(f"deit_video.py on {machine()}, {world} process(es), torch {torch.__version__}, "
               f"seed {args.seed}\n{data.name}, split {args.split}: {len(data.classes)} classes, "
               f"{len(data.train)} training clips, {len(data.test)} test clips", flush=True)
+        if opened:
+            print(f"held out of training, by seed {args.seed}: "
+                  f"{', '.join(opened['unseen'].classes)}", flush=True)
     sides_told = not all(mirrors([label for task in tasks for label in task.labels]))
     mirror = [may and not sides_told for may in mirrors(data.classes)]
 
@@ -775,6 +786,8 @@ def main(argv=None):
         if name != first or not args.teacher_checkpoint:
             train(name, student, teacher, data, mirror, args, place, run, log, bad["training"])
         numbers, answers[name] = evaluate(student, data, args, place, bad["test"])
+        numbers |= {group: evaluate(student, part, args, place, bad["test"])[0]["top1"]
+                    for group, part in opened.items()}
         same = [answers[first][i] == k for i, k in answers[name].items() if i in answers[first]]
         results[name] = {
             "backbone": specs[name].partition(":")[0], "loss": arm.kind, **numbers, "gmac": gmac,
@@ -794,12 +807,16 @@ def main(argv=None):
         frames = args.frames if arms[name].swap else args.teacher_frames
         results[name] |= time_clips(student.model, data, frames, device)
     record |= {"results": results, "missing": data.missing, "bad": bad,
+               "unseen": opened["unseen"].classes if opened else [],
                "seconds": time.time() - began}
     (run / "run.json").write_text(json.dumps(record, indent=1))
     shown = [name for name, arm in arms.items() if arm.second == "token"]
     if shown:
         draw_attention(students[shown[-1]], data, answers[shown[-1]], args, device, run / "run.png")
     print(table(results))
+    if opened:
+        print("chance: seen {:.3f}, unseen {:.3f}, unseen among all {:.3f}".format(
+            *(1 / len(part.classes) for part in (data, *opened.values()))))
     trained = {label for _, label in data.train}
     untrained = [name for i, name in enumerate(data.classes) if i not in trained]
     for names, what in ((data.missing, "listed clips are missing"),
@@ -810,7 +827,9 @@ def main(argv=None):
             print(f"NOTE {len(names)} {what}, first {names[0]}")
     print(f"record, checkpoints, pictures: {run}\n"
           f"RESULT deit_video data={data.name} split={args.split} seed={args.seed} "
-          + " ".join(f"{name}={r['top1']:.4f}" for name, r in results.items())
+          + " ".join(f"{name}={r['top1']:.4f}"
+                     + "".join(f" {name}_{group}={r[group]:.4f}" for group in opened)
+                     for name, r in results.items())
           + f" seconds={time.time() - began:.0f}")
     if any(r["top1"] < args.target for r in results.values()):
         sys.exit(1)

@@ -716,7 +716,7 @@ def main(argv=None):
         source = Path(folder).resolve()  # two data sets may have one name
         place_of_copy = cache / f"{zlib.crc32(bytes(source)):08x}" / f"{source.name}-mpeg4"
         folder = reencode(source, place_of_copy, max(1, args.workers))
-    data = read_data(folder, args.split, args.allow_missing, cache, pairs=True)
+    data = read_data(folder, args.split, args.allow_missing, cache, toys="toy-pairs")
     refuse_unfit(data, args)
     bad = {"training": {}, "test": {}}  # {path: reason} of clips that cannot be decoded
     rest, held = hold_out(data.train, args.holdout, args.seed)

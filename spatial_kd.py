@@ -83,6 +83,7 @@ from common import (
     build_action_clip,
     centre_crop,
     clip_loader,
+    hold_out,
     mirrors,
     note_bad,
     read_data,
@@ -545,7 +546,7 @@ def by_products(student, v, banks):
 
 
 @torch.no_grad()
-def evaluate(student, tests, data, args, place, bad):
+def evaluate(student, data, args, place, bad):
     """Test on every clip, without the heads; a clip that cannot be decoded goes into `bad` and
     counts as wrong. What the heads say is compared with the truth where there is one.
 
@@ -556,7 +557,7 @@ def evaluate(student, tests, data, args, place, bad):
     text, said = embed_classes(model, data.classes, device), {}
     banks = [embed_labels(model, task, device) for task in student.tasks]
     hits = torch.zeros(3 + 2 * len(banks), device=device)  # first, among five, clips; right, known
-    clips = Clips(tests, args.frames, side(model))
+    clips = Clips(data.test, args.frames, side(model))
     loader = clip_loader(clips, args.batch_size, args.workers, rank, world)
     for batch in tqdm(loader, "test", leave=False, disable=None):
         note_bad(bad, batch, clips)
@@ -572,7 +573,7 @@ def evaluate(student, tests, data, args, place, bad):
             seen = list(zip(*by_products(student, v, banks), strict=True)) or [()] * len(held)
             for i, k, words in zip(held, top[:, 0].tolist(), seen, strict=True):
                 said[batch.key[i][1]] = k, words
-                truth = read_truth(tests[batch.key[i][1]][0])
+                truth = read_truth(data.test[batch.key[i][1]][0])
                 for at, (task, word) in enumerate(zip(student.tasks, words, strict=True)):
                     if task.name in truth:
                         hits[3 + 2 * at] += truth[task.name] in word[:1]
@@ -661,11 +662,11 @@ def table(results):
     tests = [name for name in next(iter(results.values())) if name.startswith("top1")]
     seen = sorted({task for r in results.values() for task in r["by_products"]})
     lines = [f"{'arm':11} {'lambda':>6} {'M':>6} {'GMAC':>7} "
-             + " ".join(f"{name.replace('top1', 'top-1'):>13}" for name in tests) + f" {'top-5':>6}"
+             + " ".join(f"{name.replace('top1', 'top-1'):>16}" for name in tests) + f" {'top-5':>6}"
              + "".join(f" {task:>9}" for task in seen)]
     for arm, r in results.items():
         lines.append(f"{arm:11} {r['lambda']:6.2f} {r['parameters']:6.2f} {r['gmac']:7.3f} "
-                     + " ".join(f"{r[name]:13.3f}" for name in tests) + f" {r['top5']:6.3f}"
+                     + " ".join(f"{r[name]:16.3f}" for name in tests) + f" {r['top5']:6.3f}"
                      + "".join(f" {r['by_products'].get(task, math.nan):9.3f}" for task in seen))
     return "\n".join(lines)
 
@@ -701,6 +702,8 @@ def parse(argv=None):
     add("--data", default="toy", help="toy, or a folder (the README lists the formats)")
     add("--split", type=int, default=1, choices=(1, 2, 3))
     add("--allow-missing", action="store_true", help="go on without missing clips")
+    add("--unseen", type=int, default=0, metavar="N", help="keep N classes, chosen by the seed, "
+        "out of training, and test on them, too")
     add("--frames", type=int, default=8, help="T, frames of a clip that a network sees")
     add = parser.add_argument_group("spatial objectives").add_argument
     add("--labeller", default="toy-fine", help="NAME[:WEIGHTS] of the frozen image CLIP")
@@ -756,30 +759,37 @@ def main(argv=None):
         spare = max(1, (os.cpu_count() or 1) - args.workers)
         torch.set_num_threads(min(torch.get_num_threads(), spare))
     cache = Path(args.out) / "cache"
-    run = Path(args.out) / "spatial_kd" / \
-        f"{Path(args.data).resolve().name}-s{args.split}-seed{args.seed}"
+    name = Path(args.data).resolve().name + f"-unseen{args.unseen}" * (args.unseen > 0)
+    run = Path(args.out) / "spatial_kd" / f"{name}-s{args.split}-seed{args.seed}"
     if args.describe:
         return describe(args, run)
     if rank:
         dist.barrier()  # process 0 goes first: it fills the cache and labels the clips
-    data = read_data(args.data, args.split, args.allow_missing, cache)
+    toys = "toy-diagonals" if args.unseen else "toy"
+    data, opened = hold_out(read_data(args.data, args.split, args.allow_missing, cache, toys),
+                            args.unseen, args.seed)
     bad = {"training": {}, "test": {}}  # {path: reason} of clips that cannot be decoded
     truths = [read_truth(path) for path, _ in data.train]
-    toys = any("scene" in truth for truth in truths)
-    tests = {"": data.test}
-    if toys and args.split == 1:
-        tests["_swapped"] = read_data(args.data, 2, args.allow_missing, cache).test
+    drawn = any("scene" in truth for truth in truths)
+    tests = {"": data}
+    if drawn and args.split == 1:
+        tests["_swapped"] = hold_out(read_data(args.data, 2, args.allow_missing, cache, toys),
+                                     args.unseen, args.seed)[0]
+    tests |= {f"_{group}": part for group, part in opened.items()}
     record = start_record(args, run)
-    vocabulary = read_vocabulary(args.vocabulary, toys)
+    vocabulary = read_vocabulary(args.vocabulary, drawn)
     torch.manual_seed(args.seed)
     build_action_clip(args.student, cache=cache)  # a mistake in it shows before the labelling
     if not rank:
         print(f"spatial_kd.py on {machine()}, {world} process(es), torch {torch.__version__}, "
               f"seed {args.seed}\n{data.name}, split {args.split}: {len(data.classes)} classes, "
               f"{len(data.train)} training clips, {len(data.test)} test clips"
-              + (f", {len(data.test)} with scenes and actions re-paired" if len(tests) > 1 else ""),
-              flush=True)
-        if args.labeller.startswith("toy-") and not toys:
+              + (f", {len(data.test)} with scenes and actions re-paired" if "_swapped" in tests
+                 else ""), flush=True)
+        if opened:
+            print(f"held out of training, by seed {args.seed}: "
+                  f"{', '.join(opened['unseen'].classes)}", flush=True)
+        if args.labeller.startswith("toy-") and not drawn:
             print(f"{args.labeller} knows the words of the toy clips only: its labels of "
                   f"{data.name} are noise", file=sys.stderr)
     tasks = find_targets(vocabulary, data, args, run, place, bad["training"])
@@ -837,8 +847,8 @@ def main(argv=None):
         results[arm] = {
             "lambda": {"alone": 0., "adversarial": -1.}.get(arm, 1.) * vars(args)["lambda"],
             "parameters": sum(w.numel() for w in student.model.parameters()) / 1e6, "gmac": gmac}
-        for name, clips in tests.items():
-            numbers, said = evaluate(student, clips, data, args, place, bad["test"])
+        for name, part in tests.items():
+            numbers, said = evaluate(student, part, args, place, bad["test"])
             results[arm] |= {f"{key}{name}": value for key, value in numbers.items()}
             answers.setdefault(arm, said)
     if dist.is_initialized():
@@ -847,6 +857,7 @@ def main(argv=None):
         return results
 
     record |= {"results": results, "missing": data.missing, "bad": bad, "unsure": unsure,
+               "unseen": opened["unseen"].classes if opened else [],
                "seconds": time.time() - began}
     (run / "run.json").write_text(json.dumps(record, indent=1))
     some = sorted(answers[shown := "spatial" if "spatial" in answers else args.arms[-1]])
@@ -855,6 +866,9 @@ def main(argv=None):
                for i in some[::max(1, len(some) // 8)][:8] for k, words in [answers[shown][i]]],
               args.frames, run / "run.png")
     print(table(results))
+    if opened:
+        print("chance: seen {:.3f}, unseen {:.3f}, unseen among all {:.3f}".format(
+            *(1 / len(part.classes) for part in (data, *opened.values()))))
     trained = {label for _, label in data.train}
     untrained = [name for i, name in enumerate(data.classes) if i not in trained]
     for names, what in ((data.missing, "listed clips are missing"),

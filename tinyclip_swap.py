@@ -75,6 +75,7 @@ from common import (
     build_action_clip,
     centre_crop,
     clip_loader,
+    hold_out,
     mirrors,
     note_bad,
     read_data,
@@ -417,6 +418,22 @@ def table(results):
     return "\n".join(lines)
 
 
+def table_unseen(results, opened):
+    """--unseen: top-1 with chance beside it, before training (CLIP's zero-shot) and after."""
+    groups = {"seen": len(opened["unseen_all"].classes) - len(opened["unseen"].classes),
+              "unseen": len(opened["unseen"].classes),
+              "unseen_all": len(opened["unseen_all"].classes)}
+    lines = [f"{'top-1, after (before) training':32} {'seen':>14} {'unseen':>14} {'of all':>14}",
+             f"{'chance':32} " + " ".join(f"{1 / count:7.3f}       " for count in groups.values())]
+    for arm, r in results.items():
+        cells = [f"{r['top1' if group == 'seen' else group]:7.3f}"
+                 + (f" ({r['before'][group]:.3f})" if r["before"] else " " * 8) for group in groups]
+        lines.append(f"{arm:15} {r['backbone']:16} " + " ".join(f"{cell:14}" for cell in cells))
+    return "\n".join([*lines, f"seen: clips of the {groups['seen']} trained classes, told among "
+                      f"these; unseen: clips of the {groups['unseen']} held out, among\nthese; of "
+                      f"all: the same clips among all {groups['unseen_all']} classes."])
+
+
 def start_record(args, run):
     """What run.json says from the start: flags, versions, machine. With --resume the flags must be
     those of the run before. Raises BadInput."""
@@ -448,6 +465,8 @@ def parse(argv=None):
     add("--data", default="toy", help="toy, or a folder (the README lists the formats)")
     add("--split", type=int, default=1, choices=(1, 2, 3))
     add("--allow-missing", action="store_true", help="go on without missing clips")
+    add("--unseen", type=int, default=0, metavar="N", help="keep N classes, chosen by the seed, "
+        "out of training, and test on them, too")
     add("--frames", type=int, default=8, help="T, frames of a clip that a network sees")
     add("--sampling", choices=("tsn", "dense"), default="tsn")
     add("--views", type=int, default=1, help="windows of a test clip, with dense sampling")
@@ -527,7 +546,9 @@ def main(argv=None):
     cache = Path(args.out) / "cache"
     if rank:
         dist.barrier()  # process 0 goes first and fills the cache
-    data = read_data(args.data, args.split, args.allow_missing, cache)
+    data = read_data(args.data, args.split, args.allow_missing, cache,
+                     "toy-diagonals" if args.unseen else "toy")
+    data, opened = hold_out(data, args.unseen, args.seed)
     if args.eval_only:
         held = read_weights(args.eval_only).get("backbone", args.large.partition(":")[0])
         arms = {spec.partition(":")[0]: arm for arm, spec in reversed(args.arms.items())}
@@ -554,6 +575,9 @@ def main(argv=None):
         print(f"tinyclip_swap.py on {machine()}, {world} process(es), torch {torch.__version__}, "
               f"seed {args.seed}\n{data.name}, split {args.split}: {len(data.classes)} classes, "
               f"{len(data.train)} training clips, {len(data.test)} test clips", flush=True)
+        if opened:
+            print(f"held out of training, by seed {args.seed}: "
+                  f"{', '.join(opened['unseen'].classes)}", flush=True)
 
     results, answers, log, large = {}, {}, [], None
     bad = {"training": {}, "test": {}}  # {path: reason} of clips that cannot be decoded
@@ -567,12 +591,17 @@ def main(argv=None):
             torch.compiler.config.recompile_limit = 64  # arms x batch sizes x training, testing
             model.encode_video = torch.compile(model.encode_video)
             model.encode_text = torch.compile(model.encode_text)
+        before = {"seen": evaluate(model, data, args, place, bad["test"])[0]["top1"],
+                  **{group: evaluate(model, part, args, place, bad["test"])[0]["top1"]
+                     for group, part in opened.items()}} if opened and not args.eval_only else {}
         if not args.eval_only:
             train(arm, model, large if arm == "small+affinity" else None, data, args, place, run,
                   log, bad["training"])
         numbers, answers[arm] = evaluate(model, data, args, place, bad["test"])
         results[arm] = {"backbone": args.arms[arm].partition(":")[0], "gmac": gmac,
-                        "gflop_training": gflop, **numbers}
+                        "gflop_training": gflop, **numbers, "before": before,
+                        **{group: evaluate(model, part, args, place, bad["test"])[0]["top1"]
+                           for group, part in opened.items()}}
         if arm == "large":
             large = model.eval().requires_grad_(False)  # from here on it only teaches
     if dist.is_initialized():
@@ -583,13 +612,18 @@ def main(argv=None):
     for arm, model in models.items():  # one after the other, with nothing else running
         results[arm] |= measure(model, data, args, device)
     record |= {"results": results, "missing": data.missing, "bad": bad,
+               "unseen": opened["unseen"].classes if opened else [],
                "seconds": time.time() - began}
     (run / record_name).write_text(json.dumps(record, indent=1))
     draw_sheet(data, answers, args, (run / record_name).with_suffix(".png"))
     report(results, log, data, bad, world)
+    if opened:
+        print(table_unseen(results, opened))
     print(f"record, checkpoints, pictures: {run}\n"
           f"RESULT tinyclip_swap data={data.name} split={args.split} seed={args.seed} "
-          + " ".join(f"{arm}={r['top1']:.4f}" for arm, r in results.items())
+          + " ".join(f"{arm}={r['top1']:.4f}"
+                     + "".join(f" {arm}_{group}={r[group]:.4f}" for group in opened)
+                     for arm, r in results.items())
           + (f" gmac_ratio={results['small']['gmac'] / results['large']['gmac']:.3f}"
              if len(results) > 1 else "") + f" seconds={time.time() - began:.0f}")
     if any(r["top1"] < args.target for r in results.values()):

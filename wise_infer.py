@@ -544,7 +544,7 @@ def main(argv=None):
     segments = {stream: args.segments.get(stream, saved["segments"]) for stream in STREAMS}
     exits = [(stream, k) for stream in args.exit_order for k in (1, 2, 3, 4)]
     data = read_data(saved["folder"], saved["split"], args.allow_missing, Path(args.out) / "cache",
-                     pairs=True)
+                     toys="toy-pairs")
     held, bad = held_out(saved, data, path), {}
     if [*data.classes] != [*saved["classes"]]:
         raise BadInput(f"{path} was trained on other classes than {saved['folder']} has now")

@@ -235,7 +235,7 @@ def parts(trained):
                                            str(trained.out)]))
     for module in (*nets.values(), *heads.values()):
         module.eval().requires_grad_(False)
-    data, segments = read_data(trained.folder, pairs=True), dict.fromkeys(STREAMS, 2)
+    data, segments = read_data(trained.folder, toys="toy-pairs"), dict.fromkeys(STREAMS, 2)
     held, looks = held_out(saved, data, path), {}
     for order in (STREAMS, CODES):
         exits = exits_in(order)
@@ -276,7 +276,7 @@ def some_clips(trained, folder, held=6, broken=(), labels=()):
     for name in broken:
         (folder / name).write_text("no video")
     saved = torch.load(trained.file, weights_only=True)
-    train = read_data(folder, pairs=True).train
+    train = read_data(folder, toys="toy-pairs").train
     names = {Path(name.split()[0]).name for name in saved["holdout"]}
     clips = [c for c in train if Path(c[0]).name in names][:held]
     saved |= {"folder": str(folder), "holdout": wise_infer.listed_names(clips)}
