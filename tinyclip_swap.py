@@ -45,16 +45,22 @@ Differs from the papers and from the code of ActionCLIP (sallymmx/ActionCLIP @31
  6. With toy CLIPs the fusion head starts larger (FusionHead says why) and crops are milder.
 """
 import argparse
+import collections
+import contextlib
 import ctypes
+import functools
 import itertools
 import json
 import math
 import os
 import platform
+import queue
 import re
 import subprocess
 import sys
+import threading
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -64,12 +70,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from open_clip.transformer import ResidualAttentionBlock
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from common import (
     BadInput,
+    BadVideo,
     Clips,
     augment,
     build_action_clip,
@@ -78,8 +86,10 @@ from common import (
     hold_out,
     mirrors,
     note_bad,
+    open_video,
     read_data,
     read_weights,
+    to_picture,
 )
 
 # ---- the method: eqs. (1)-(3) --------------------------------------------------------------------
@@ -459,6 +469,238 @@ def machine():
         f"{platform.machine()} CPU with {torch.get_num_threads()} threads"
 
 
+# ---- real time (--watch): who came for the swap may go on at parse(), the flags ------------------
+# On a stream a class is wanted after every frame. encode_video would read the last T frames anew
+# each time; here a frame is read once, when it comes, and its embedding waits in a ring of T.
+
+
+def stream_step(model, ring, frame, text):
+    """A new frame costs one image pass and one fusion pass instead of T image passes: TIMES of
+    TinyCLIP-ViT-40M-32 at T = 8 on a CPU core (tests/bench.py).
+
+    ring: deque of the last T embeddings (1, D), oldest first, which takes in that of frame (1, 1,
+    3, S, S); at the start the first frame stands for all before it. text (16, K, D) -> (K,)"""
+    with torch.no_grad(), autocast(frame.device):
+        f = model.encode_frames(frame)[:, 0]                                    # (1, D)
+        ring.extend([f] * (1 if ring else ring.maxlen))
+        v = model.fusion(torch.stack(tuple(ring), 1)).float()                   # (1, D)
+    return class_scores(v, text)[0]
+
+
+def read_stream(source):
+    """Decode a file, an address, a camera or `-`, standard input -> yields (seconds since the first
+    frame, frame). Where timestamps lack or jump, a frame counts as one of the stated rate. A packet
+    that cannot be decoded yields None for the frame. Raises BadVideo."""
+    driver = re.fullmatch(r"(avfoundation|dshow|lavfi|v4l2):(.+)", source)
+    path, form = driver.group(2, 1) if driver else ("pipe:0" if source == "-" else source, None)
+    if path.startswith("/dev/video"):
+        form = "v4l2"
+    more = {"framerate": "30"} if form == "avfoundation" else {}  # its default suits few cameras
+    with open_video(path, format=form, options=more) as (container, stream):
+        t, before, packets, torn = None, None, 0, False
+        for packet in container.demux(stream):
+            packets += packet.size > 0
+            try:
+                frames = packet.decode()
+            except av.error.InvalidDataError:
+                frames, torn = [None], True
+            for frame in frames:
+                if frame is not None:
+                    passed = frame.time - before if None not in (frame.time, before) else 0
+                    if not 0 < passed < 10:
+                        passed = 1 / float(stream.guessed_rate or 25)
+                    t, before = 0. if t is None else t + passed, frame.time
+                yield t, frame
+        # an AVI counts the frames that were left out, too
+        if stream.frames - packets > 2 and (torn or container.format.name != "avi"):
+            raise BadVideo(source, f"{packets} of the {stream.frames} frames that it declares")
+
+
+class Reader(threading.Thread):
+    """Reads the stream beside the networks and keeps its clock: a file's frames wait for their time
+    as a camera's do. The newest sampled frame waits in .slot: (seconds, when it was decoded,
+    picture). One that finds another there takes its place, and that one is dropped. With --no-drop
+    nothing waits for the clock, and the stream waits for the networks. What ended it comes last:
+    "" for its end, else what went wrong. .counts: frames read, skipped, dropped; damaged packets.
+    """
+
+    def __init__(self, args, side, out):
+        super().__init__(daemon=True)  # a read that never returns must not keep the program
+        self.args, self.side, self.out, self.label = args, side, out, ""
+        self.slot, self.counts, self.stop = queue.Queue(1), collections.Counter(), threading.Event()
+        self.writing, self.late = threading.Lock(), 0.
+
+    def run(self):
+        try:
+            self.read()
+            end = ""
+        except BadVideo as error:
+            end = str(error.__cause__ or error.reason)
+        except (av.FFmpegError, OSError, ValueError) as error:  # converting, or writing --save
+            end = f"{type(error).__name__}: {error}"
+        self.slot.put(end)
+
+    def read(self):
+        args, began, last, size = self.args, None, None, None
+        for t, frame in read_stream(args.watch):
+            if frame is None:
+                self.counts["damaged"] += 1
+                continue
+            now = time.perf_counter()
+            began = now - t if began is None else began
+            self.late = max(self.late, now - began - t)
+            if not args.no_drop:
+                self.stop.wait(max(0, began + t - now))
+            if self.stop.is_set():
+                return
+            self.counts["read"] += 1
+            before, size = size, (frame.width, frame.height)
+            if before not in (None, size):
+                print(f"{t:7.1f} s  the frame size changes from {before} to {size}", flush=True)
+            turn = int(t * args.fps + 1e-3)
+            if turn == last:
+                self.counts["skipped"] += 1
+            else:
+                self.offer((t, time.perf_counter(), to_picture(frame, self.side)))
+            last = turn
+            with self.writing:
+                if self.out and not self.stop.is_set():
+                    save_frame(self.out, frame, t, self.label)
+
+    def offer(self, item):
+        if not self.args.no_drop:
+            self.drop()
+        self.slot.put(item)
+        if self.args.no_drop:
+            self.slot.join()  # until the networks are done with it
+
+    def drop(self):
+        with contextlib.suppress(queue.Empty):
+            self.counts["dropped"] += isinstance(self.slot.get_nowait(), tuple)
+            self.slot.task_done()
+
+
+def save_frame(out, frame, t, label):
+    """--save: add the frame of second t, with the label drawn in, to the container `out`."""
+    picture = to_picture(frame)
+    if not out.streams:  # the size of the first frame holds for all
+        stream = out.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", 1000)
+        stream.height, stream.width = (side // 2 * 2 for side in picture.shape[:2])
+        stream.pix_fmt = "yuv420p"
+    stream = out.streams.video[0]
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
+    picture = frame.reformat(stream.width, stream.height).to_ndarray()
+    scale = max(1, stream.height // 160)  # the letters are about 11 pixels high
+    strip = torchvision.utils.draw_bounding_boxes(
+        torch.zeros(3, 15, stream.width // scale, dtype=torch.uint8),
+        torch.tensor([[0, 0, 1, 1]]), [label], "lime")
+    strip = strip.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).numpy()
+    picture[:len(strip), :strip.shape[1]] = strip[:len(picture)]
+    frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+    frame.pts, frame.time_base = round(1000 * t), Fraction(1, 1000)
+    out.mux(stream.encode(frame))
+
+
+def prepack(model):
+    """A single frame is few tokens, and a CPU spends a good part of each product on rearranging the
+    weights. For the MLPs, two thirds of all weights, oneDNN does that here, once."""
+    for block in model.modules():
+        if isinstance(block, ResidualAttentionBlock):
+            for layer in (block.mlp.c_fc, block.mlp.c_proj):
+                weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+                layer.forward = functools.partial(
+                    lambda weight, bias, x: torch.ops.mkldnn._linear_pointwise(
+                        x, weight, bias, "none", [], ""), weight, layer.bias)
+
+
+def load_watcher(args, device, layers=0):
+    """-> model, T. From --checkpoint, ours (of any of the three scripts) or ActionCLIP's; without
+    one the CLIP that --large names, untrained on actions, with the mean over frames."""
+    spec, T = args.large, args.frames
+    if args.checkpoint:
+        saved = read_weights(args.checkpoint)
+        spec = f"{saved.get('backbone', args.large.partition(':')[0])}:{args.checkpoint}"
+        layers, T = args.fusion_layers, saved.get("frames", args.frames)
+    model = build_action_clip(spec, layers, Path(args.out) / "cache").to(device).eval()
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        prepack(model)
+    return model, T
+
+
+def watch(args):
+    """--watch: prints a line a second until the stream ends, or Ctrl-C. -> counts of frames. Exits
+    with 1 where the stream stalls or breaks. Raises BadInput where nothing can be read at all."""
+    device, labels, out = find_place()[0], args.labels, None
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) - 1)))  # a core
+    model, T = load_watcher(args, device)
+    text, ring = embed_classes(model, labels, device), collections.deque(maxlen=T)
+    stream_step(model, ring, torch.zeros(1, 1, 3, model.size, model.size, device=device), text)
+    ring.clear()  # the first step takes longer, and was for nothing
+    if args.save:
+        try:
+            out = av.open(args.save, "w")
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise BadInput(f"--save {args.save} cannot be written ({error}); name a file such as "
+                           f"out.mp4") from error
+    print(f"tinyclip_swap.py watches {args.watch} on {machine()}, torch {torch.__version__}\n"
+          f"{args.checkpoint or args.large}: {T} frames, {args.fps:g} a second, which is a window "
+          f"of {T / args.fps:.1f} s; labels: {', '.join(labels)}", flush=True)
+    reader, spent, end, line, silent, t = Reader(args, side(model), out), [], None, "", 0, 0.
+    counts, (shown, since) = reader.counts, (0, time.perf_counter())
+    reader.start()
+    try:
+        while end is None:
+            try:
+                item = reader.slot.get(timeout=1)
+            except queue.Empty:
+                silent += 1
+                print(f"{t:7.1f} s  no frame for {silent} s", flush=True)
+                end = f"no frame for {silent} s (--stall)" if silent >= args.stall else None
+                continue
+            if isinstance(item, str):
+                end = item
+                break
+            counts["shown"] += 1
+            before, silent, (t, decoded, picture) = t, 0, item
+            frame = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None]
+            p = stream_step(model, ring, centre_crop([frame.to(device)], model.size), text).cpu()
+            now = time.perf_counter()
+            spent.append(1e3 * (now - decoded))
+            best = p.topk(min(3, len(labels)))
+            best = [(labels[k], q) for q, k in zip(*map(torch.Tensor.tolist, best), strict=True)]
+            reader.label = best[0][0] if best[0][1] >= args.threshold else "none of these"
+            reader.slot.task_done()
+            line = (f"{t:7.1f} s  {reader.label:{max(13, *map(len, labels))}}  "
+                    + ", ".join(f"{label} {q:.2f}" for label, q in best)
+                    + f"  {(counts['shown'] - shown) / (now - since):.1f} frames/s, latency "
+                    + "p50 {:.1f} p95 {:.1f} ms".format(*np.percentile(spent[-100:], (50, 95))))
+            if int(t) > int(before):
+                print(line, flush=True)
+                line, shown, since = "", counts["shown"], now
+    except KeyboardInterrupt:
+        end = "Ctrl-C"
+    reader.stop.set()
+    for _ in range(10):  # it may hang in a read for ever
+        reader.join(.1)
+        reader.drop()
+    if out:
+        with reader.writing:
+            out.mux(out.streams.video[0].encode(None) if out.streams else [])
+            out.close()
+    if not counts["read"] and end != "Ctrl-C":
+        raise BadInput(f"--watch {args.watch}: {end or 'it ends without a frame'}")
+    print(line + "\n" * bool(line) + f"{end or 'end of the stream'}, at {t:.1f} s: "
+          + ", ".join(f"{counts[kind]} {kind}" for kind in ("read", "shown", "skipped", "dropped"))
+          + f"; {counts['damaged']} damaged packets" * (counts["damaged"] > 0)
+          + f"; frames came {reader.late:.1f} s late" * (reader.late > 1 and not args.no_drop))
+    print(f"RESULT tinyclip_swap watch={args.watch} "
+          + " ".join(f"{kind}={counts[kind]}" for kind in ("read", "shown", "skipped", "dropped"))
+          + " p50_ms={:.1f} p95_ms={:.1f}".format(*np.percentile(spent or [0], (50, 95))))
+    if end not in ("", "Ctrl-C"):
+        sys.exit(1)
+    return dict(counts)
+
+
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument_group("data").add_argument
@@ -483,6 +725,18 @@ def parse(argv=None):
     add("--lr", type=float, help="of CLIP's towers; the fusion head has ten times as much "
         "(default: 4e-4 for toy CLIPs, else 5e-6, as ActionCLIP)")
     add("--compile", action="store_true", help="torch.compile the networks")
+    add = parser.add_argument_group("real time").add_argument
+    add("--watch", metavar="SOURCE", help="no training: say what goes on in a file, an address, - "
+        "(standard input) or a camera: /dev/video0, avfoundation:0, dshow:video=NAME")
+    add("--labels", help='what it may be, in any words: "waving, running, a dog jumping"')
+    add("--checkpoint", metavar="FILE", help="of any of the three scripts, or ActionCLIP's for the "
+        "backbone that --large names (default: that backbone as it is, the mean over frames)")
+    add("--fps", type=float, default=4., help="frames sampled a second; T of them are a window, "
+        "which should last as long as a training clip")
+    add("--threshold", type=float, default=.5, help="probability below which it is none of these")
+    add("--stall", type=int, default=10, help="seconds without a frame that end it")
+    add("--no-drop", action="store_true", help="wait for each frame, at whatever speed")
+    add("--save", metavar="FILE", help="write the video with the label drawn in: out.mp4")
     add = parser.add_argument_group("run").add_argument
     add("--eval-only", metavar="CHECKPOINT", help="no training: test this checkpoint, ours or "
         "ActionCLIP's, of the backbone that --large (or --small) names")
@@ -498,6 +752,13 @@ def parse(argv=None):
         parser.error("--frames takes 1 to 77; --views, --epochs and --batch-size take 1 or more")
     if args.views > 1 and args.sampling == "tsn":
         parser.error("--views: TSN sampling has one view; add --sampling dense")
+    if not args.watch and (args.labels or args.checkpoint or args.save):
+        parser.error("--labels, --checkpoint and --save go with --watch")
+    args.labels = list(dict.fromkeys(re.findall(r"[^,\s][^,]*?(?=\s*(?:,|$))", args.labels or "")))
+    if args.watch and len(args.labels) < 2:
+        parser.error('--watch takes --labels, two or more: --labels "waving, running"')
+    if min(args.fps, args.stall) <= 0 or not 0 <= args.threshold <= 1:
+        parser.error("--fps and --stall take more than 0, --threshold 0 to 1")
     args.arms = {"large": args.large, "small": args.small}
     if args.recover == "affinity":
         args.arms["small+affinity"] = args.small
@@ -539,6 +800,8 @@ def report(results, log, data, bad, world):
 def main(argv=None):
     """Train, test and measure the arms. -> {arm: numbers}"""
     args, began, models = parse(argv), time.time(), {}
+    if args.watch:
+        return watch(args)
     device, rank, world = place = find_place()
     if args.large.startswith("toy-"):  # threads that wait for decoding cost more than they bring
         spare = max(1, (os.cpu_count() or 1) - args.workers)

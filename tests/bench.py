@@ -1,4 +1,4 @@
-"""Two benchmarks. Run them by hand, on a machine that does nothing else: `python tests/bench.py`.
+"""Three benchmarks. Run them by hand, on a machine that does nothing else: `python tests/bench.py`.
 They are no tests, and pytest does not collect them.
 
 1. Time of reading compressed clips, as a ratio to what decoding alone takes. A sample is 3 segments
@@ -12,7 +12,12 @@ Aimed at: all at most 1.6 (MPEG-4) and 1.2 (H.264) times the floor, motion alone
 
 2. An epoch of exit training from what is kept of the frozen networks, as a share of an epoch that
 decodes and runs them (--cache-gb 0). Aimed at: 1/30 on the CPU with toy clips.
+
+3. A step on a stream (tinyclip_swap.py --watch), one image pass and one fusion pass, beside reading
+the last T = 8 frames anew; 224 pixels, random weights; on a GPU where there is one. Aimed at: 1/5 at
+most. `python tests/bench.py stream` runs this one alone.
 """
+import collections
 import contextlib
 import io
 import json
@@ -28,6 +33,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
 import pkd_compressed
+import tinyclip_swap
 
 H, W, FRAMES, SEGMENTS, NOISE = 256, 340, 120, 3, .5
 AIMS = {"mpeg4": (1.3, 1.6), "h264": (1.1, 1.2)}  # motion, all
@@ -129,10 +135,37 @@ def bench_exits(clips=320, epochs=4):
                   f"| 1/{speed[1] / speed[0]:.1f} |", flush=True)
 
 
+def stream_ways(model, T, device):
+    """What is timed: T frames anew, a step."""
+    video = torch.rand(1, T, 3, model.size, model.size, device=device)
+    text = tinyclip_swap.embed_classes(model, ["waving", "running", "jumping"], device)
+    ring = collections.deque(maxlen=T)
+    return [lambda: tinyclip_swap.infer(model, video, text, 1, device).cpu(),
+            lambda: tinyclip_swap.stream_step(model, ring, video[:, :1], text).cpu()]
+
+
+def bench_stream(T=8, repeats=30):
+    """Prints a row per backbone; a figure is the median of repeats that take turns."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"\na step on a stream, T = {T}, 224 pixels, {tinyclip_swap.machine()}: ms\n\n"
+          f"| backbone | {T} frames anew | a step | step / anew | frames/s anew | by steps |\n"
+          f"|---|---|---|---|---|---|")
+    for name in ("TinyCLIP-ViT-40M-32-Text-19M", "ViT-B-32", "ViT-B-16"):
+        args = tinyclip_swap.parse(["--large", f"{name}:random", "--frames", str(T)])
+        model, _ = tinyclip_swap.load_watcher(args, device, 6)
+        ways = stream_ways(model, T, device)
+        timed(ways, 3)
+        whole, one = (1000 * s for s in timed(ways, repeats))
+        print(f"| {name} | {whole:.1f} | {one:.1f} | 1/{whole / one:.1f} | {1000 / whole:.1f} "
+              f"| {1000 / one:.1f} |", flush=True)
+
+
 def main():
     torch.set_num_threads(1)
-    bench_decoding()
-    bench_exits()
+    if sys.argv[1:] != ["stream"]:
+        bench_decoding()
+        bench_exits()
+    bench_stream()
 
 
 if __name__ == "__main__":
