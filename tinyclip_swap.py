@@ -513,7 +513,7 @@ def read_stream(source):
                 yield t, frame
         # an AVI counts the frames that were left out, too
         if stream.frames - packets > 2 and (torn or container.format.name != "avi"):
-            raise BadVideo(source, f"{packets} of the {stream.frames} frames that it declares")
+            raise BadVideo(source, f"it has {packets} of the {stream.frames} frames it declares")
 
 
 class Reader(threading.Thread):
@@ -528,15 +528,15 @@ class Reader(threading.Thread):
         super().__init__(daemon=True)  # a read that never returns must not keep the program
         self.args, self.side, self.out, self.label = args, side, out, ""
         self.slot, self.counts, self.stop = queue.Queue(1), collections.Counter(), threading.Event()
-        self.writing, self.late = threading.Lock(), 0.
+        self.writing, self.late, self.seen = threading.Lock(), 0., time.perf_counter()
 
     def run(self):
         try:
             self.read()
             end = ""
         except BadVideo as error:
-            end = str(error.__cause__ or error.reason)
-        except (av.FFmpegError, OSError, ValueError) as error:  # converting, or writing --save
+            end = f"it breaks off ({error.reason})" if self.counts["read"] else error.reason
+        except (av.FFmpegError, OSError, ValueError) as error:  # in converting, or writing --save
             end = f"{type(error).__name__}: {error}"
         self.slot.put(end)
 
@@ -546,11 +546,12 @@ class Reader(threading.Thread):
             if frame is None:
                 self.counts["damaged"] += 1
                 continue
-            now = time.perf_counter()
+            self.seen = now = time.perf_counter()
             began = now - t if began is None else began
             self.late = max(self.late, now - began - t)
             if not args.no_drop:
-                self.stop.wait(max(0, began + t - now))
+                self.seen = max(now, began + t)
+                self.stop.wait(self.seen - now)
             if self.stop.is_set():
                 return
             self.counts["read"] += 1
@@ -637,7 +638,11 @@ def watch(args):
     stream_step(model, ring, torch.zeros(1, 1, 3, model.size, model.size, device=device), text)
     ring.clear()  # the first step takes longer, and was for nothing
     if args.save:
+        if Path(args.save).resolve() == Path(args.watch).resolve():
+            raise BadInput(f"--save {args.save} would write over what is watched; name another")
         try:
+            if not os.access(Path(args.save).resolve().parent, os.W_OK):
+                raise PermissionError("its folder is missing, or closed to writing")
             out = av.open(args.save, "w")
         except (av.FFmpegError, OSError, ValueError) as error:
             raise BadInput(f"--save {args.save} cannot be written ({error}); name a file such as "
@@ -645,7 +650,7 @@ def watch(args):
     print(f"tinyclip_swap.py watches {args.watch} on {machine()}, torch {torch.__version__}\n"
           f"{args.checkpoint or args.large}: {T} frames, {args.fps:g} a second, which is a window "
           f"of {T / args.fps:.1f} s; labels: {', '.join(labels)}", flush=True)
-    reader, spent, end, line, silent, t = Reader(args, side(model), out), [], None, "", 0, 0.
+    reader, spent, end, line, t = Reader(args, side(model), out), [], None, "", 0.
     counts, (shown, since) = reader.counts, (0, time.perf_counter())
     reader.start()
     try:
@@ -653,15 +658,16 @@ def watch(args):
             try:
                 item = reader.slot.get(timeout=1)
             except queue.Empty:
-                silent += 1
-                print(f"{t:7.1f} s  no frame for {silent} s", flush=True)
+                silent = int(time.perf_counter() - reader.seen)
+                if silent > 0:
+                    print(f"{t:7.1f} s  no frame for {silent} s", flush=True)
                 end = f"no frame for {silent} s (--stall)" if silent >= args.stall else None
                 continue
             if isinstance(item, str):
                 end = item
                 break
             counts["shown"] += 1
-            before, silent, (t, decoded, picture) = t, 0, item
+            before, (t, decoded, picture) = t, item
             frame = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None]
             p = stream_step(model, ring, centre_crop([frame.to(device)], model.size), text).cpu()
             now = time.perf_counter()
@@ -683,9 +689,9 @@ def watch(args):
     for _ in range(10):  # it may hang in a read for ever
         reader.join(.1)
         reader.drop()
-    if out:
-        with reader.writing:
-            out.mux(out.streams.video[0].encode(None) if out.streams else [])
+    with reader.writing, contextlib.suppress(av.FFmpegError):  # an error has been told before
+        for stream in out.streams if out else ():
+            out.mux(stream.encode(None))
             out.close()
     if not counts["read"] and end != "Ctrl-C":
         raise BadInput(f"--watch {args.watch}: {end or 'it ends without a frame'}")

@@ -13,9 +13,9 @@ Aimed at: all at most 1.6 (MPEG-4) and 1.2 (H.264) times the floor, motion alone
 2. An epoch of exit training from what is kept of the frozen networks, as a share of an epoch that
 decodes and runs them (--cache-gb 0). Aimed at: 1/30 on the CPU with toy clips.
 
-3. A step on a stream (tinyclip_swap.py --watch), one image pass and one fusion pass, beside reading
-the last T = 8 frames anew; 224 pixels, random weights; on a GPU where there is one. Aimed at: 1/5 at
-most. `python tests/bench.py stream` runs this one alone.
+3. A step on a stream (tinyclip_swap.py --watch), one image pass and one fusion pass, beside T = 8
+frames read anew; 224 pixels, random weights; on a GPU where there is one. Aimed at: 1/5 at most.
+`python tests/bench.py stream` runs this one alone.
 """
 import collections
 import contextlib
