@@ -27,6 +27,8 @@ Find the loss in kl_pair, the rule in class_scores, the fusion head in common.py
   python tinyclip_swap.py --data HMDB51 --large ViT-B-32:openai --batch-size 64 \\
       --small TinyCLIP-ViT-40M-32-Text-19M:TinyCLIP-ViT-40M-32-Text-19M-LAION400M.pt
   python tinyclip_swap.py --data HMDB51 --large ViT-B-32 --eval-only vit-b-32-8f.pt
+  python tinyclip_swap.py --unseen 4                   four classes held out of training, and tested
+  python tinyclip_swap.py --watch my.mp4 --large ViT-B-32:openai --labels "waving, a dog jumping"
 
 The plain command printed (2 cores of an x86_64 CPU, torch 2.15.0, caches included):
 RESULT tinyclip_swap data=toy split=1 seed=0 large=0.9800 small=0.9367 gmac_ratio=0.482 seconds=96
@@ -83,7 +85,7 @@ from common import (
     build_action_clip,
     centre_crop,
     clip_loader,
-    hold_out,
+    hold_out_classes,
     mirrors,
     note_bad,
     open_video,
@@ -817,7 +819,7 @@ def main(argv=None):
         dist.barrier()  # process 0 goes first and fills the cache
     data = read_data(args.data, args.split, args.allow_missing, cache,
                      "toy-diagonals" if args.unseen else "toy")
-    data, opened = hold_out(data, args.unseen, args.seed)
+    data, opened = hold_out_classes(data, args.unseen, args.seed)
     if args.eval_only:
         held = read_weights(args.eval_only).get("backbone", args.large.partition(":")[0])
         arms = {spec.partition(":")[0]: arm for arm, spec in reversed(args.arms.items())}

@@ -10,7 +10,17 @@ import pytest
 import torch
 
 import common
-from common import COLOURS, MOTIONS, SCENES, SHAPES, BadInput, read_data, toy_clip, toy_truth
+from common import (
+    COLOURS,
+    DIAGONALS,
+    MOTIONS,
+    SCENES,
+    SHAPES,
+    BadInput,
+    read_data,
+    toy_clip,
+    toy_truth,
+)
 
 
 def fill(root, lists=None, clips=""):
@@ -50,7 +60,7 @@ def test_middle_frame_does_not_tell_the_motion():
     assert all((clip[0] != clips[0][0]).any() for clip in clips[1:])
 
 
-@pytest.mark.parametrize("motion", MOTIONS)
+@pytest.mark.parametrize("motion", [*MOTIONS, *DIAGONALS])
 def test_true_motion_agrees_with_the_drawing(motion):
     truth = toy_truth(np.random.default_rng(1), motion, "plain ground") | {"shape": "square"}
     video, way = toy_clip(truth, pixels=128)

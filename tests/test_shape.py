@@ -1,6 +1,7 @@
 """The rules of the house: one file per method, common.py for clips in and networks out."""
 import ast
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -65,10 +66,10 @@ def test_common_holds_only_what_scripts_use():
     inside_only = {  # used by common.py itself, by tests, or by scripts still to come
         "BadVideo", "toy_truth", "toy_caption", "draw_toys", "toy_clip", "write_video",
         "make_toy_folder", "cached", "VideoData", "words", "segment_indices", "dense_indices",
-        "open_video", "VideoIndex", "video_index", "read_frames", "Sample", "ClipOrder",
-        "build_clip", "load_strictly", "FusionHead", "MeanHead", "ActionCLIP", "p_frames", "Coded",
-        "read_compressed", "warp", "modalities", "compressed_view", "reencode_video", "reencode",
-        "ExitNet", "ExitHead", "exit_heads", "exit_logits"}
+        "open_video", "VideoIndex", "video_index", "read_frames", "to_picture", "Sample",
+        "ClipOrder", "build_clip", "load_strictly", "FusionHead", "MeanHead", "ActionCLIP",
+        "p_frames", "Coded", "read_compressed", "warp", "modalities", "compressed_view",
+        "reencode_video", "reencode", "ExitNet", "ExitHead", "exit_heads", "exit_logits"}
     public = {name for name in functions(ROOT / "common.py") if not name.startswith("_")}
     unused = {name for name in public - inside_only
               if len([p for p in SCRIPTS if re.search(rf"\b{name}\b", p.read_text())])
@@ -95,9 +96,10 @@ def commands():
     texts |= {path.name: ast.get_docstring(ast.parse(path.read_text())) for path in SCRIPTS}
     for where, text in texts.items():
         for line in re.sub(r"\\\n +", "", text).splitlines():  # three spaces: a remark follows
-            for script, flags in re.findall(r"(\w+\.py)((?: [^\s|;&`]+)*)", line):
+            for script, flags in re.findall(r'(\w+\.py)((?: (?:"[^"]*"|[^\s|;&`"]+))*)', line):
                 if script in PARSERS and "--" in flags and "--help" not in flags:
-                    yield pytest.param(script, flags.split(), id=f"{where}: {line.strip()[:60]}")
+                    yield pytest.param(script, shlex.split(flags),
+                                       id=f"{where}: {line.strip()[:60]}")
 
 
 @pytest.mark.parametrize(("script", "flags"), commands())
