@@ -333,7 +333,7 @@ def _checked(name, root, train, test, allow_missing):
     return VideoData(name, classes, train, test, missing)
 
 
-def hold_out_classes(data, count, seed=0):
+def split_unseen(data, count, seed=0):
     """Keep `count` classes, chosen by the seed, out of training, to ask later what a model makes of
     words that it was never trained on. Of the toy clips only diagonals are chosen.
 

@@ -77,10 +77,10 @@ from common import (
     build_action_clip,
     centre_crop,
     clip_loader,
-    hold_out_classes,
     mirrors,
     note_bad,
     read_data,
+    split_unseen,
 )
 
 # ---- the method: eqs. (1), (3), (6)-(8) ----------------------------------------------------------
@@ -739,7 +739,7 @@ def main(argv=None):
         dist.barrier()  # process 0 goes first and fills the cache
     data = read_data(args.data, args.split, args.allow_missing, cache,
                      "toy-diagonals" if args.unseen else "toy")
-    data, opened = hold_out_classes(data, args.unseen, args.seed)
+    data, opened = split_unseen(data, args.unseen, args.seed)
     bad = {"training": {}, "test": {}}  # {path: reason} of clips that cannot be decoded
     run = Path(args.out) / "deit_video" / f"{data.name}-s{args.split}-seed{args.seed}"
     record = start_record(args, run)

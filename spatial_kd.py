@@ -83,11 +83,11 @@ from common import (
     build_action_clip,
     centre_crop,
     clip_loader,
-    hold_out_classes,
     mirrors,
     note_bad,
     read_data,
     read_weights,
+    split_unseen,
     toy_caption,
 )
 
@@ -766,15 +766,15 @@ def main(argv=None):
     if rank:
         dist.barrier()  # process 0 goes first: it fills the cache and labels the clips
     toys = "toy-diagonals" if args.unseen else "toy"
-    data, opened = hold_out_classes(read_data(args.data, args.split, args.allow_missing, cache, toys),
-                            args.unseen, args.seed)
+    data, opened = split_unseen(read_data(args.data, args.split, args.allow_missing, cache, toys),
+                                args.unseen, args.seed)
     bad = {"training": {}, "test": {}}  # {path: reason} of clips that cannot be decoded
     truths = [read_truth(path) for path, _ in data.train]
     drawn = any("scene" in truth for truth in truths)
     tests = {"": data}
     if drawn and args.split == 1:
-        tests["_swapped"] = hold_out_classes(read_data(args.data, 2, args.allow_missing, cache, toys),
-                                     args.unseen, args.seed)[0]
+        tests["_swapped"] = split_unseen(read_data(args.data, 2, args.allow_missing, cache, toys),
+                                         args.unseen, args.seed)[0]
     tests |= {f"_{group}": part for group, part in opened.items()}
     record = start_record(args, run)
     vocabulary = read_vocabulary(args.vocabulary, drawn)

@@ -85,12 +85,12 @@ from common import (
     build_action_clip,
     centre_crop,
     clip_loader,
-    hold_out_classes,
     mirrors,
     note_bad,
     open_video,
     read_data,
     read_weights,
+    split_unseen,
     to_picture,
 )
 
@@ -819,7 +819,7 @@ def main(argv=None):
         dist.barrier()  # process 0 goes first and fills the cache
     data = read_data(args.data, args.split, args.allow_missing, cache,
                      "toy-diagonals" if args.unseen else "toy")
-    data, opened = hold_out_classes(data, args.unseen, args.seed)
+    data, opened = split_unseen(data, args.unseen, args.seed)
     if args.eval_only:
         held = read_weights(args.eval_only).get("backbone", args.large.partition(":")[0])
         arms = {spec.partition(":")[0]: arm for arm, spec in reversed(args.arms.items())}

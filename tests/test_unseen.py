@@ -11,7 +11,15 @@ import common
 import deit_video
 import spatial_kd
 import tinyclip_swap
-from common import DIAGONALS, MOTIONS, BadInput, VideoData, build_action_clip, hold_out_classes, read_data
+from common import (
+    DIAGONALS,
+    MOTIONS,
+    BadInput,
+    VideoData,
+    build_action_clip,
+    read_data,
+    split_unseen,
+)
 from tinyclip_swap import class_scores
 
 FAST = ("--epochs", 1, "--workers", 0, "--batch-size", 16, "--frames", 4)
@@ -56,7 +64,7 @@ def videos(clips):
 
 def test_every_clip_keeps_its_class_and_lands_in_its_part(diagonals):
     data = read_data(str(diagonals))
-    seen, opened = hold_out_classes(data, 3, seed=5)
+    seen, opened = split_unseen(data, 3, seed=5)
     unseen, among_all = opened["unseen"], opened["unseen_all"]
     assert len(unseen.classes) == 3
     assert sorted(seen.classes + unseen.classes) == data.classes == among_all.classes
@@ -72,8 +80,8 @@ def test_every_clip_keeps_its_class_and_lands_in_its_part(diagonals):
 
 def test_the_seed_chooses_and_of_toys_only_diagonals(diagonals):
     data = read_data(str(diagonals))
-    chosen = [tuple(hold_out_classes(data, 2, seed)[1]["unseen"].classes) for seed in range(20)]
-    assert chosen[3] == tuple(hold_out_classes(data, 2, 3)[1]["unseen"].classes)
+    chosen = [tuple(split_unseen(data, 2, seed)[1]["unseen"].classes) for seed in range(20)]
+    assert chosen[3] == tuple(split_unseen(data, 2, 3)[1]["unseen"].classes)
     assert len(set(chosen)) > 3
     assert set().union(*chosen) == set(DIAGONALS)
 
@@ -81,16 +89,16 @@ def test_the_seed_chooses_and_of_toys_only_diagonals(diagonals):
 def test_of_other_data_any_class_may_be_chosen():
     data = VideoData("d", list("abcdef"), [(c, i) for i, c in enumerate("abcdef")],
                      [(c.upper(), i) for i, c in enumerate("abcdef")], [])
-    chosen = [hold_out_classes(data, 2, seed)[1]["unseen"].classes for seed in range(40)]
+    chosen = [split_unseen(data, 2, seed)[1]["unseen"].classes for seed in range(40)]
     assert set().union(*chosen) == set("abcdef")
-    assert hold_out_classes(data, 0) == (data, {})
+    assert split_unseen(data, 0) == (data, {})
 
 
 @pytest.mark.parametrize("count", [-1, 1, 5, 6, 7])
 def test_both_sides_keep_two_classes(count):
     data = VideoData("d", list("abcdef"), [], [], [])
     with pytest.raises(BadInput, match="2 to 4 classes"):
-        hold_out_classes(data, count)
+        split_unseen(data, count)
 
 
 def test_toy_draws_diagonals_only_where_they_are_wanted(tmp_path, monkeypatch):
@@ -121,7 +129,7 @@ def test_training_never_meets_them_and_the_report_is_true(script, diagonals, tmp
     found = script.main(list(map(str, (*flags, *FAST, "--data", diagonals, "--unseen", 2, "--seed",
                                        1, "--out", tmp_path))))
     data = read_data(str(diagonals))
-    seen, opened = hold_out_classes(data, 2, 1)
+    seen, opened = split_unseen(data, 2, 1)
     run = tmp_path / script.__name__ / "ten-unseen2-s1-seed1"
     printed, record = capsys.readouterr().out, json.loads((run / "run.json").read_text())
     assert f"by seed 1: {', '.join(opened['unseen'].classes)}\n" in printed
