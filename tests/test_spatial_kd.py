@@ -584,7 +584,7 @@ def test_a_bad_test_clip_counts_as_wrong(toy, tmp_path, monkeypatch, untrained, 
     monkeypatch.setattr(spatial_kd, "class_scores", lambda v, text: torch.eye(6)[
         [next(right) for _ in v]])
     student = Student(build_action_clip("toy-large:random"), toy_vocabulary())
-    found, said = spatial_kd.evaluate(student, data.test, data, args, (CPU, 0, 1), bad)
+    found, said = spatial_kd.evaluate(student, data, args, (CPU, 0, 1), bad)
     assert found["clips"] == 24
     assert found["top1"] == pytest.approx(23 / 24)
     assert list(bad) == [str(folder / "test/0004.mp4")]
