@@ -624,8 +624,10 @@ def load_watcher(args, device, layers=0):
         saved = read_weights(args.checkpoint)
         spec = f"{saved.get('backbone', args.large.partition(':')[0])}:{args.checkpoint}"
         layers, T = args.fusion_layers, saved.get("frames", args.frames)
+    if spec.startswith("toy-"):
+        torch.set_num_threads(1)  # more cost more than they bring, beside the reader
     model = build_action_clip(spec, layers, Path(args.out) / "cache").to(device).eval()
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         prepack(model)
     return model, T
 
@@ -634,7 +636,6 @@ def watch(args):
     """--watch: prints a line a second until the stream ends, or Ctrl-C. -> counts of frames. Exits
     with 1 where the stream stalls or breaks. Raises BadInput where nothing can be read at all."""
     device, labels, out = find_place()[0], args.labels, None
-    torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) - 1)))  # a core
     model, T = load_watcher(args, device)
     text, ring = embed_classes(model, labels, device), collections.deque(maxlen=T)
     stream_step(model, ring, torch.zeros(1, 1, 3, model.size, model.size, device=device), text)
