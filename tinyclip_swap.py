@@ -499,13 +499,15 @@ def read_stream(source):
         form = "v4l2"
     more = {"framerate": "30"} if form == "avfoundation" else {}  # its default suits few cameras
     with open_video(path, format=form, options=more) as (container, stream):
-        t, before, packets, torn = None, None, 0, False
+        t, before, packets = None, None, 0
         for packet in container.demux(stream):
             packets += packet.size > 0
+            if container.format.name == "avi" and packet.dts is not None:
+                packets = packet.dts + 1  # an AVI counts the frames that were left out, too
             try:
                 frames = packet.decode()
             except av.error.InvalidDataError:
-                frames, torn = [None], True
+                frames = [None]
             for frame in frames:
                 if frame is not None:
                     passed = frame.time - before if None not in (frame.time, before) else 0
@@ -513,9 +515,12 @@ def read_stream(source):
                         passed = 1 / float(stream.guessed_rate or 25)
                     t, before = 0. if t is None else t + passed, frame.time
                 yield t, frame
-        # an AVI counts the frames that were left out, too
-        if stream.frames - packets > 2 and (torn or container.format.name != "avi"):
+        length = max(0, container.duration or 0) / 1e6
+        end = (before or 0) - (container.start_time or 0) / 1e6
+        if stream.frames - packets > 2:  # what a file says of itself tells whether it was cut off
             raise BadVideo(source, f"it has {packets} of the {stream.frames} frames it declares")
+        if not stream.frames and end < .9 * length - 1:
+            raise BadVideo(source, f"it has {end:.1f} of the {length:.1f} seconds it declares")
 
 
 class Reader(threading.Thread):
@@ -560,7 +565,7 @@ class Reader(threading.Thread):
             before, size = size, (frame.width, frame.height)
             if before not in (None, size):
                 print(f"{t:7.1f} s  the frame size changes from {before} to {size}", flush=True)
-            turn = int(t * args.fps + 1e-3)
+            turn = int(t * args.fps + .05)  # timestamps are rounded, in Matroska to ms
             if turn == last:
                 self.counts["skipped"] += 1
             else:
@@ -641,7 +646,8 @@ def watch(args):
     stream_step(model, ring, torch.zeros(1, 1, 3, model.size, model.size, device=device), text)
     ring.clear()  # the first step takes longer, and was for nothing
     if args.save:
-        if Path(args.save).resolve() == Path(args.watch).resolve():
+        both = args.watch, args.save
+        if all(map(os.path.exists, both)) and os.path.samefile(*both):
             raise BadInput(f"--save {args.save} would write over what is watched; name another")
         try:
             if not os.access(Path(args.save).resolve().parent, os.W_OK):
