@@ -477,8 +477,8 @@ def machine():
 
 
 def stream_step(model, ring, frame, text):
-    """A new frame costs one image pass and one fusion pass instead of T image passes: TIMES of
-    TinyCLIP-ViT-40M-32 at T = 8 on a CPU core (tests/bench.py).
+    """A new frame costs one image pass and one fusion pass instead of T image passes: 68 ms instead
+    of 354 with TinyCLIP-ViT-40M-32, T = 8, on one CPU core (tests/bench.py).
 
     ring: deque of the last T embeddings (1, D), oldest first, which takes in that of frame (1, 1,
     3, S, S); at the start the first frame stands for all before it. text (16, K, D) -> (K,)"""

@@ -243,7 +243,6 @@ def test_a_steady_line_a_second(tmp_path, look, clock):
 def test_a_wait_for_the_clock_is_no_stall(tmp_path, look):
     done = look(write(tmp_path / "slow.mp4", noise(2), "mpeg4", times=[0, 72]), clock=True)
     assert (done.code, done.shown, "no frame" in done.text) == (0, 2, False)
-    assert done.seconds > 2.9
 
 
 @pytest.fixture(scope="module")
@@ -325,10 +324,12 @@ def test_files_that_are_cut_off(tmp_path, look, name, codec, code):
     assert not code or re.search(r"^it breaks off \(", done.text, re.M)
 
 
-def test_rare_pictures_and_longer_sound_do_not_look_cut_off(tmp_path, look):
-    common.write_video(tmp_path / "slow.mkv", noise(3), Fraction(1, 3), "libx264")
-    assert look(tmp_path / "slow.mkv").counts == [3, 3, 0, 0]
-    assert look(write(tmp_path / "sound.mkv", noise(48), sound=5)).code == 0
+def test_whole_files_do_not_look_cut_off(tmp_path, look):
+    common.write_video(tmp_path / "slow.mkv", noise(3), Fraction(1, 3))
+    write(tmp_path / "sound.mkv", noise(48), sound=5)
+    write(tmp_path / "gaps.avi", noise(30), "mpeg4", times=[*range(10), *range(20, 40)])
+    assert {path.name: look(path).code for path in tmp_path.iterdir()} == {
+        "slow.mkv": 0, "sound.mkv": 0, "gaps.avi": 0}
 
 
 @pytest.mark.parametrize("name", ["a.ts", "a.mkv", "a.mp4"])
