@@ -328,8 +328,7 @@ def test_whole_files_do_not_look_cut_off(tmp_path, look):
     common.write_video(tmp_path / "slow.mkv", noise(3), Fraction(1, 3))
     write(tmp_path / "sound.mkv", noise(48), sound=5)
     write(tmp_path / "gaps.avi", noise(30), "mpeg4", times=[*range(10), *range(20, 40)])
-    assert {path.name: look(path).code for path in tmp_path.iterdir()} == {
-        "slow.mkv": 0, "sound.mkv": 0, "gaps.avi": 0}
+    assert [path.name for path in tmp_path.iterdir() if look(path).code] == []
 
 
 @pytest.mark.parametrize("name", ["a.ts", "a.mkv", "a.mp4"])
