@@ -515,12 +515,15 @@ def read_stream(source):
                         passed = 1 / float(stream.guessed_rate or 25)
                     t, before = 0. if t is None else t + passed, frame.time
                 yield t, frame
-        length = max(0, container.duration or 0) / 1e6
-        end = (before or 0) - (container.start_time or 0) / 1e6
-        if stream.frames - packets > 2:  # what a file says of itself tells whether it was cut off
+        # what a file says of its video tells whether it was cut off; Matroska gives the duration
+        if stream.frames - packets > 2:
             raise BadVideo(source, f"it has {packets} of the {stream.frames} frames it declares")
-        if not stream.frames and end < .9 * length - 1:
-            raise BadVideo(source, f"it has {end:.1f} of the {length:.1f} seconds it declares")
+        said = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))
+        if said and t is not None:
+            length = sum(float(x) * 60 ** k for k, x in enumerate(said.groups()[::-1]))
+            if t + passed < .9 * length - 1:
+                raise BadVideo(source, f"it has {t + passed:.1f} of the {length:.1f} seconds it "
+                                       "declares")
 
 
 class Reader(threading.Thread):

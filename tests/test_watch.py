@@ -220,7 +220,8 @@ def test_ctrl_c_in_a_step(three, look, tmp_path, monkeypatch):
 def test_ctrl_c_waits_for_a_frame_that_is_being_written(three, look, tmp_path, monkeypatch):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     monkeypatch.setattr(tinyclip_swap, "save_frame", lambda *given, own=tinyclip_swap.save_frame: (
-        os.kill(os.getpid(), signal.SIGINT), time.sleep(1.5), own(*given)))
+        time.sleep(.5), monkeypatch.undo(), signal.pthread_kill(
+            threading.main_thread().ident, signal.SIGINT), time.sleep(1.5), own(*given)))
     done = look(three, "--save", tmp_path / "out.mp4", clock=True)
     assert (done.code, done.read, len(decode(tmp_path / "out.mp4")[0])) == (0, 1, 1)
 
@@ -427,8 +428,7 @@ def assert_film_of(source, path, times):
     assert film.shape == (len(source), *(a // 2 * 2 for a in source.shape[1:3]), 3)
     off = abs(film - source[:, :film.shape[1], :film.shape[2]].astype(int)).mean(-1)
     high = 15 * max(1, film.shape[1] // 160)
-    assert (off[:, high + 2:].mean((1, 2)) < 10).all()
-    assert (off[:, :high].mean((1, 2)) > 30).all()
+    assert off[:, high + 2:].mean((1, 2)).max() < 10 < 30 < off[:, :high].mean((1, 2)).min()
     assert (((film[..., 1] > 120) & (film[..., 0] < 100))[:, :high].sum((1, 2)) > 40).all()  # green
 
 
