@@ -593,12 +593,9 @@ class Reader(threading.Thread):
 
 def save_frame(out, frame, t, label):
     """--save: add the frame of second t, with the label drawn in, to the container `out`."""
-    picture = to_picture(frame)
-    if not out.streams:  # the size of the first frame holds for all
-        stream = out.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", 1000)
+    picture, stream = to_picture(frame), out.streams.video[0]
+    if not stream.width:  # the size of the first frame holds for all
         stream.height, stream.width = (side // 2 * 2 for side in picture.shape[:2])
-        stream.pix_fmt = "yuv420p"
-    stream = out.streams.video[0]
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
     picture = frame.reformat(stream.width, stream.height).to_ndarray()
     scale = max(1, stream.height // 160)  # the letters are about 11 pixels high
@@ -630,6 +627,9 @@ def load_watcher(args, device, layers=0):
     spec, T = args.large, args.frames
     if args.checkpoint:
         saved = read_weights(args.checkpoint)
+        if "fusion" not in saved:
+            raise BadInput(f"--checkpoint {args.checkpoint} holds no fusion head; a CLIP alone is "
+                           f"named by --large NAME:{args.checkpoint}")
         spec = f"{saved.get('backbone', args.large.partition(':')[0])}:{args.checkpoint}"
         layers, T = args.fusion_layers, saved.get("frames", args.frames)
     if spec.startswith("toy-"):
@@ -656,6 +656,8 @@ def watch(args):
             if not os.access(Path(args.save).resolve().parent, os.W_OK):
                 raise PermissionError("its folder is missing, or closed to writing")
             out = av.open(args.save, "w")
+            codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+            out.add_stream(codec, 1000, width=0, height=0, pix_fmt="yuv420p")
         except (av.FFmpegError, OSError, ValueError) as error:
             raise BadInput(f"--save {args.save} cannot be written ({error}); name a file such as "
                            f"out.mp4") from error
@@ -664,8 +666,8 @@ def watch(args):
           f"of {T / args.fps:.1f} s; labels: {', '.join(labels)}", flush=True)
     reader, spent, end, line, t = Reader(args, side(model), out), [], None, "", 0.
     counts, (shown, since) = reader.counts, (0, time.perf_counter())
-    reader.start()
     try:
+        reader.start()
         while end is None:
             try:
                 item = reader.slot.get(timeout=1)
@@ -692,7 +694,7 @@ def watch(args):
                     + ", ".join(f"{label} {q:.2f}" for label, q in best)
                     + f"  {(counts['shown'] - shown) / (now - since):.1f} frames/s, latency "
                     + "p50 {:.1f} p95 {:.1f} ms".format(*np.percentile(spent[-100:], (50, 95))))
-            if int(t) > int(before):
+            if int(t + 1e-3) > int(before + 1e-3):
                 print(line, flush=True)
                 line, shown, since = "", counts["shown"], now
     except KeyboardInterrupt:
@@ -703,7 +705,7 @@ def watch(args):
         reader.drop()
     with reader.writing, contextlib.suppress(av.FFmpegError):  # an error has been told before
         for stream in out.streams if out else ():
-            out.mux(stream.encode(None))
+            out.mux(stream.encode(None) if stream.width else [])
             out.close()
     if not counts["read"] and end != "Ctrl-C":
         raise BadInput(f"--watch {args.watch}: {end or 'it ends without a frame'}")
