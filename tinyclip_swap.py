@@ -31,7 +31,7 @@ Find the loss in kl_pair, the rule in class_scores, the fusion head in common.py
   python tinyclip_swap.py --watch my.mp4 --large ViT-B-32:openai --labels "waving, a dog jumping"
 
 The plain command printed (2 cores of an x86_64 CPU, torch 2.15.0, caches included):
-RESULT tinyclip_swap data=toy split=1 seed=0 large=0.9800 small=0.9367 gmac_ratio=0.482 seconds=96
+RESULT tinyclip_swap data=toy split=1 seed=0 large=0.9800 small=0.9367 gmac_ratio=0.482 seconds=106
 
 Differs from the papers and from the code of ActionCLIP (sallymmx/ActionCLIP @31c34df):
  1. fp32 weights, bf16 autocast on CUDA; theirs are fp16, where a step of 5e-6 moves about half of
