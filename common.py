@@ -2,7 +2,7 @@
 
 The contract: this file holds data loading and model builders and nothing else. It trains nothing,
 logs nothing, reads no flags and knows nothing of the roles that networks play in a method.
-(One exception: the toy CLIP is trained where it is built, because that stands in for a download.)
+(One exception: the toy CLIP is trained where it is built, since that stands in for a download.)
 
 Sections: errors | toy clips | data sets | RGB decoding | compressed decoding | loaders | CLIP and
 ActionCLIP builders | exit networks
@@ -14,12 +14,13 @@ Axis letters, here and in all scripts:
 """
 import contextlib
 import csv
+import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import json
 import logging
-import multiprocessing
 import os
 import re
 import shutil
@@ -27,7 +28,6 @@ import sys
 import warnings
 import zlib
 from bisect import bisect_left, bisect_right
-from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +36,7 @@ import av
 import numpy as np
 import open_clip
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from av.codec.context import Flags2
@@ -44,13 +45,15 @@ from av.video.frame import PictureType
 from av.video.reformatter import Interpolation, VideoReformatter
 from open_clip.transformer import QuickGELU, Transformer
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import functional as TF
 
 # ---- errors --------------------------------------------------------------------------------------
 
 
 class BadInput(ValueError):
-    """The caller can mend it. The message says what was wrong, where, and what would be right."""
+    """A mistake that the user can fix. The message says what was wrong, where, and what would be
+    right."""
 
 
 class BadVideo(Exception):
@@ -62,18 +65,19 @@ class BadVideo(Exception):
 
 
 # ---- toy clips -----------------------------------------------------------------------------------
-# An action is a motion, and one frame does not tell it: place and size at the middle of a clip are
-# drawn the same way for every action. Shape and colour vary freely; the scene goes with the action
-# in half of the training clips and with nothing in the test clips of split 1; split 2 has the same
-# training clips, and every action of its test in the usual scene of another: a test of scene bias.
-# For the compressed scripts a class pairs a shape with a motion: each stream sees a part of that.
-# For tests on unseen classes there are the diagonals: their words are put together of trained ones.
+# An action is a motion and cannot be read from one frame: position and size at the middle of a clip
+# have the same distribution for every action. Shape and colour vary freely. The scene correlates
+# with the action in half of the training clips and in no test clip of split 1; split 2 has the same
+# training clips, and tests every action in the usual scene of another one (a test of scene bias).
+# The compressed scripts use classes that pair a shape with a motion, so that each stream sees a
+# part of the class. Diagonals test unseen classes: their words combine those of trained classes.
 
 MOTIONS = {  # words -> direction of (x, y, log radius)
     "moving left": (-1, 0, 0), "moving right": (1, 0, 0), "moving up": (0, -1, 0),
     "moving down": (0, 1, 0), "growing": (0, 0, 1), "shrinking": (0, 0, -1)}
-DIAGONALS = {f"moving {down} and to the {across}": (x, y, 0)
-             for down, y in (("up", -1), ("down", 1)) for across, x in (("left", -1), ("right", 1))}
+DIAGONALS = {
+    "moving up and to the left": (-1, -1, 0), "moving up and to the right": (1, -1, 0),
+    "moving down and to the left": (-1, 1, 0), "moving down and to the right": (1, 1, 0)}
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (60, 80, 240),
            "yellow": (235, 220, 40), "purple": (180, 50, 210), "white": (245, 245, 245)}
@@ -81,8 +85,8 @@ SCENES = ("stripes", "checks", "dots", "plain ground")
 
 
 def toy_truth(rng, motion, scene):
-    """Draw at random what a toy clip shows: plain values, from which toy_clip draws it. Place and
-    radius at mid clip and the way it moves (speed: per clip) are in sides of the picture."""
+    """Draw the content of a toy clip. Position and radius (at mid clip) and speed (per clip) are in
+    units of the picture's side. -> dict of plain values"""
     return {"motion": motion, "scene": scene, "shape": str(rng.choice(SHAPES)),
             "colour": str(rng.choice(list(COLOURS))), "x": rng.uniform(.38, .62),
             "y": rng.uniform(.38, .62), "radius": rng.uniform(.13, .19),
@@ -98,44 +102,37 @@ def toy_caption(truth):
 
 
 def draw_toys(truths, x, y, radius, pixels):
-    """Draw B stills, one per truth, with the object at x, y and of that radius, (B,) in sides.
+    """Draw B stills, one per truth, with the object at x, y and of that radius, (B,), in units of
+    the picture's side. -> uint8 (B, pixels, pixels, 3)"""
+    row, column = (np.mgrid[:pixels, :pixels].astype(np.float32) + .5) / pixels     # (H, W)
+    phase = np.array([truth["phase"] for truth in truths], np.float32)              # (B, 2)
+    p = (column + phase[:, :1, None]) * 8 % 1                                       # (B, H, W)
+    q = (row + phase[:, 1:, None]) * 8 % 1
+    scenes = {"stripes": p < .5, "checks": (p < .5) ^ (q < .5),
+              "dots": np.hypot(p - .5, q - .5) < .3, "plain ground": np.zeros_like(p, bool)}
 
-    -> uint8 (B, pixels, pixels, 3), and bool (B, pixels, pixels): where the object is
-    """
-    shape, colour, scene = (np.array([list(names).index(truth[key]) for truth in truths])
-                            for key, names in
-                            (("shape", SHAPES), ("colour", COLOURS), ("scene", SCENES)))
-    phase, each = np.array([truth["phase"] for truth in truths], np.float32), np.arange(len(truths))
-    row, column = (np.mgrid[:pixels, :pixels].astype(np.float32) + .5) / pixels
-    p, q = (column + phase[:, :1, None]) * 8 % 1, (row + phase[:, 1:, None]) * 8 % 1
-    scenes = np.stack([p < .5 + 0 * q, (p < .5) ^ (q < .5), np.hypot(p - .5, q - .5) < .3, p < -1])
-    ground = np.where(scenes[scene, each], 110, 70)
-    u, v = ((a - b[:, None, None]) / radius[:, None, None] for a, b in ((column, x), (row, y)))
-    square = np.maximum(abs(u), abs(v))
-    shapes = np.stack([u * u + v * v < 1, square < .85, (v < .8) & (v > 2.4 * abs(u) - 1.1),
-                       (np.minimum(abs(u), abs(v)) < .35) & (square < 1)])
-    inside = shapes[shape, each]
-    paint = np.array(list(COLOURS.values()), np.float32)[colour][:, None, None]
-    shade = .85 + .15 * np.sin(5 * u) * np.sin(5 * v)  # so that motion shows inside, too
-    return np.where(inside[..., None], paint * shade[..., None],
-                    ground[..., None]).astype(np.uint8), inside
+    u = (column - x[:, None, None]) / radius[:, None, None]                         # (B, H, W)
+    v = (row - y[:, None, None]) / radius[:, None, None]
+    far, near = np.maximum(abs(u), abs(v)), np.minimum(abs(u), abs(v))
+    shapes = {"circle": u * u + v * v < 1, "square": far < .85,
+              "triangle": (v < .8) & (v > 2.4 * abs(u) - 1.1),
+              "cross": (near < .35) & (far < 1)}
+
+    ground = np.stack([scenes[truth["scene"]][i] for i, truth in enumerate(truths)])
+    inside = np.stack([shapes[truth["shape"]][i] for i, truth in enumerate(truths)])
+    paint = np.array([COLOURS[truth["colour"]] for truth in truths], np.float32)    # (B, 3)
+    shade = .85 + .15 * np.sin(5 * u) * np.sin(5 * v)  # motion inside the object is visible, too
+    pictures = np.where(inside[..., None], paint[:, None, None] * shade[..., None],
+                        np.where(ground, 110, 70)[..., None])
+    return pictures.astype(np.uint8)
 
 
 def toy_clip(truth, frames=16, pixels=64):
-    """Draw a clip -> uint8 (N, pixels, pixels, 3), and its true motion, float32 (N, pixels, pixels,
-    2): the way (x, y) in pixels that what is seen at a pixel has come since the frame before; 0 on
-    the ground and in the first frame."""
+    """Draw a clip -> uint8 (N, pixels, pixels, 3)"""
     time = np.linspace(-.5, .5, frames, dtype=np.float32) * truth["speed"]
     dx, dy, grow = (MOTIONS | DIAGONALS)[truth["motion"]]
     x, y = truth["x"] + .5 * dx * time, truth["y"] + .5 * dy * time
-    radius = truth["radius"] * np.exp(grow * time)
-    video, inside = draw_toys([truth] * frames, x, y, radius, pixels)
-    at = np.stack(np.meshgrid(*[np.arange(pixels, dtype=np.float32) + .5] * 2), -1)
-    centre = np.stack([x, y], -1)[:, None, None] * pixels
-    before = centre[:-1] + (at - centre[1:]) * (radius[:-1] / radius[1:])[:, None, None, None]
-    motion = np.zeros((frames, pixels, pixels, 2), np.float32)
-    motion[1:] = (at - before) * inside[1:, ..., None]
-    return video, motion
+    return draw_toys([truth] * frames, x, y, truth["radius"] * np.exp(grow * time), pixels)
 
 
 def write_video(path, frames, fps=24, codec="mpeg4", pix_fmt="yuv420p", **options):
@@ -152,30 +149,32 @@ def write_video(path, frames, fps=24, codec="mpeg4", pix_fmt="yuv420p", **option
 
 def make_toy_folder(folder, train=1200, test=300, seed=0, pairs=False, motions=tuple(MOTIONS)):
     """Draw and encode toy clips into `folder`: train1.csv, test1.csv, train2.csv, test2.csv (see
-    above), truth.json and the clips. pairs: split 1 alone, circles and crosses, the classes "circle
-    moving left", ...; the clips larger and longer, with vectors for blocks of 8 pixels."""
-    rng, truths = np.random.default_rng(seed), {}
-    parts = [("train", train, ("train1", "train2")), ("test", test, ("test1",)),
-             ("swapped", test, ("test2",))]
-    for part, count, lists in [("train", train, ("train1",)), parts[1]] if pairs else parts:
+    above), truth.json and the clips. pairs: split 1 alone, with the classes "circle moving left",
+    "cross moving left", ...; these clips are larger and longer and have a vector per 8 pixels."""
+    rng, truths, rows = np.random.default_rng(seed), {}, {}
+    shape, options = ((24, 96), {"flags": "+mv4"}) if pairs else ((16, 64), {})
+    for part, count in (("train", train), ("test", test), ("swapped", 0 if pairs else test)):
         (folder / part).mkdir(parents=True)
-        rows = [("path", "label")]
+        rows[part] = [("path", "label")]
         for i in range(count):
-            action = i % len(motions)
+            action, label = i % len(motions), motions[i % len(motions)]
             scene = SCENES[(action + 2 * (part == "swapped")) % len(SCENES)]
             if part == "test" or (part == "train" and rng.random() >= .5):
                 scene = str(rng.choice(SCENES))
-            rows.append((f"{part}/{i:04d}.mp4", motions[action]))
-            truth = truths[rows[-1][0]] = toy_truth(rng, rows[-1][1], scene)
+            truth = toy_truth(rng, label, scene)
             if pairs:
                 truth["shape"] = ("circle", "cross")[i // len(motions) % 2]
-                rows[-1] = rows[-1][0], f"{truth['shape']} {truth['motion']}"
-                write_video(folder / rows[-1][0], toy_clip(truth, 24, 96)[0], flags="+mv4")
-            else:
-                write_video(folder / rows[-1][0], toy_clip(truth)[0])
-        for name in lists:
-            with open(folder / f"{name}.csv", "w", newline="") as file:
-                csv.writer(file).writerows(rows)
+                label = f"{truth['shape']} {label}"
+            name = f"{part}/{i:04d}.mp4"
+            write_video(folder / name, toy_clip(truth, *shape), **options)
+            truths[name] = truth
+            rows[part].append((name, label))
+    lists = {"train1": "train", "test1": "test"}
+    if not pairs:
+        lists |= {"train2": "train", "test2": "swapped"}
+    for name, part in lists.items():
+        with open(folder / f"{name}.csv", "w", newline="") as file:
+            csv.writer(file).writerows(rows[part])
     (folder / "truth.json").write_text(json.dumps(truths, indent=0))
 
 
@@ -184,38 +183,62 @@ TOYS = {"toy": {}, "toy-pairs": {"train": 900, "test": 240, "pairs": True},  # f
 
 
 def cached(cache, name, make, *sources):
-    """Path of a file or folder in the cache; where it is missing, make(path) makes it.
+    """Path of a file or folder in the cache; where it is missing, process 0 calls make(path).
 
-    The name carries a digest of its sources, functions and values, so that an old one is never
-    taken for new. It is made under another name and renamed: a kill leaves nothing half-made.
+    The name carries a digest of `sources`, functions and values, so that a file made by older code
+    is never reused. It is made under another name and renamed: a kill leaves nothing half-made.
     """
     code = "".join(inspect.getsource(s) if callable(s) else repr(s) for s in sources)
     path = Path(cache) / f"{name}-{zlib.crc32(code.encode()):08x}"
-    if not path.exists():
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if first and not path.exists():
         print(f"making {path}, once ...", file=sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"part-{os.getpid()}-{path.name}")
         try:
             make(part)
-            with contextlib.suppress(OSError):  # another process was first
+            with contextlib.suppress(OSError):  # another run was faster
                 part.rename(path)
         finally:
             shutil.rmtree(part, ignore_errors=True)
             part.unlink(missing_ok=True)
+    if dist.is_initialized():
+        dist.barrier()
     return path
 
 
 # ---- data sets -----------------------------------------------------------------------------------
 
 
-class VideoData(NamedTuple):
+@dataclasses.dataclass
+class VideoData:
     """train, test: lists of (path, class index); classes: K names in words, for prompts; missing:
-    listed clips that do not exist."""
+    listed clips that do not exist; official: the names as ActionCLIP's own lists spell them; bad:
+    {path: reason} of clips that could not be decoded, filled by the loaders."""
     name: str
     classes: list
     train: list
     test: list
     missing: list
+    official: list = None
+    bad: dict = dataclasses.field(default_factory=dict)
+
+    def digest(self):
+        """Classes and clips as a number: the same wherever the folder lies."""
+        listed = [repr(self.classes)]
+        for path, label in [*self.train, ("", -1), *self.test]:
+            size = os.path.getsize(path) if path else 0
+            listed.append(f"{'/'.join(Path(path).parts[-3:])} {size} {label}")
+        return zlib.crc32("\n".join(listed).encode())
+
+    def notes(self):
+        """-> list of sentences, what a reader of the results should know"""
+        trained = {label for _, label in self.train}
+        untrained = [name for i, name in enumerate(self.classes) if i not in trained]
+        found = {"listed clips are missing": self.missing,
+                 "classes have no training clip": untrained,
+                 "clips cannot be decoded; test clips among them count as wrong": list(self.bad)}
+        return [f"{len(names)} {what}, first {names[0]}" for what, names in found.items() if names]
 
 
 FORMATS = ("the formats are: HMDB51 as released (testTrainMulti_7030_splits/ beside class "
@@ -244,21 +267,27 @@ def read_data(data, split=1, allow_missing=False, cache="runs/cache", toys="toy"
                       DIAGONALS, SHAPES, COLOURS, SCENES)
     if not root.is_dir():
         raise BadInput(f"--data {data}: no such folder; name a folder, or `toy`; {FORMATS}")
-    lists = [[root / f"{part}{number}.csv" for part in ("train", "test")] for number in (split, "")]
-    lists = next((pair for pair in lists if all(map(Path.is_file, pair))), None)
+    numbered = root / f"train{split}.csv", root / f"test{split}.csv"
+    plain = root / "train.csv", root / "test.csv"
     if (root / "testTrainMulti_7030_splits").is_dir():
         rows = _hmdb_rows(root, root / "testTrainMulti_7030_splits", split)
     elif (root / "ucfTrainTestlist").is_dir():
         rows = _ucf_rows(root, root / "ucfTrainTestlist", split)
-    elif lists and (split == 1 or lists[0].name != "train.csv"):
-        rows = [_csv_rows(root, path) for path in lists]
+    elif all(map(Path.is_file, numbered)):
+        rows = [_csv_rows(root, path) for path in numbered]
+    elif split == 1 and all(map(Path.is_file, plain)):
+        rows = [_csv_rows(root, path) for path in plain]
     elif split == 1 and (root / "train").is_dir() and (root / "test").is_dir():
         rows = [_folder_rows(root / part) for part in ("train", "test")]
     else:
         held = ", ".join(sorted(path.name for path in root.iterdir())[:4]) or "nothing"
         raise BadInput(f"--data {data}: no data set with a split {split} is recognised there (it "
                        f"holds {held}); {FORMATS}")
-    return _checked("toy" if data == "toy" else root.resolve().name, root, *rows, allow_missing)
+    name = "toy" if data == "toy" else root.resolve().name
+    found = _checked(name, root, *rows, allow_missing)
+    if (root / "ucfTrainTestlist").is_dir():
+        found.official = [name.title().replace(" ", "") for name in found.classes]
+    return found
 
 
 def _hmdb_rows(root, lists, split):
@@ -276,28 +305,34 @@ def _hmdb_rows(root, lists, split):
 
 
 def _ucf_rows(root, lists, split):
-    home = root / "UCF-101" if (root / "UCF-101").is_dir() else root
+    home, rows = root / "UCF-101" if (root / "UCF-101").is_dir() else root, ([], [])
     files = [lists / f"{part}list0{split}.txt" for part in ("train", "test")]
     if not all(map(Path.is_file, files)):
         raise BadInput(f"{lists} lacks {files[0].name} or {files[1].name}, UCF101's official lists")
-    clips = [[line.split()[0] for line in file.read_text(errors="replace").splitlines()
-              if line.strip()] for file in files]
-    return [[(home / clip, words(clip.split("/")[0])) for clip in part] for part in clips]
+    for part, file in zip(rows, files, strict=True):
+        for line in file.read_text(errors="replace").splitlines():
+            if line.strip():
+                clip = line.split()[0]
+                part.append((home / clip, words(clip.split("/")[0])))
+    return rows
 
 
 def _csv_rows(root, path):
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             header, *lines = csv.reader(file)
-        header = [cell.strip() for cell in header]
-        at = header.index("path"), header.index("label")
-    except (ValueError, csv.Error) as error:  # empty, not UTF-8, another header
-        raise BadInput(f"{path}: no UTF-8 list whose first line is path,label ({error})") from None
-    rows = [[line[i].strip() if i < len(line) else "" for i in at] for line in lines if line]
-    for number, row in enumerate(rows, start=1):
-        if not all(row):
+    except (ValueError, csv.Error) as error:  # empty, not UTF-8
+        raise BadInput(f"{path}: no UTF-8 list with a first line path,label ({error})") from None
+    header = [cell.strip().lower() for cell in header]
+    if not {"path", "label"} <= set(header):
+        raise BadInput(f"{path}: its first line is {','.join(header)}; it must be path,label")
+    at, rows = (header.index("path"), header.index("label")), []
+    for number, line in enumerate(filter(None, lines), start=1):
+        clip, label = (line[i].strip() if i < len(line) else "" for i in at)
+        if not clip or not label:
             raise BadInput(f"{path}: clip {number} lacks its path or its label")
-    return [(root / clip, label) for clip, label in rows]
+        rows.append((root / clip, label))
+    return rows
 
 
 def _folder_rows(folder):
@@ -313,7 +348,8 @@ def _folder_rows(folder):
 def _checked(name, root, train, test, allow_missing):
     classes = sorted({label for _, label in train + test})
     bare = sorted({label for _, label in test} - {label for _, label in train})
-    both = {path for path, _ in train} & {path for path, _ in test}
+    files = [{os.path.realpath(path) for path, _ in rows} for rows in (train, test)]
+    both = files[0] & files[1]
     missing = [str(path) for path, _ in train + test if not os.path.isfile(path)]
     if bare and train:
         raise BadInput(f"{root}: {len(bare)} classes of the test list have no training clip, first "
@@ -334,31 +370,45 @@ def _checked(name, root, train, test, allow_missing):
 
 
 def split_unseen(data, count, seed=0):
-    """Keep `count` classes, chosen by the seed, out of training, to ask later what a model makes of
-    words that it was never trained on. Of the toy clips only diagonals are chosen.
+    """Hold `count` classes, drawn by the seed, out of training, to ask later what a model makes of
+    words that it was never trained on. Of the toy clips only diagonals are drawn.
 
-    -> the other classes and their clips, labels counted anew, and {"unseen": clips of the chosen
-    classes, to be told among these, "unseen_all": the same, to be told among all}; count 0: data,
-    {}. Raises BadInput where fewer than two classes would be left on either side."""
+    -> the other classes and their clips, labels renumbered, and {"unseen": clips of the held-out
+    classes, classified among these, "unseen_all": the same clips, among all classes}; count 0:
+    data, {}. Raises BadInput where fewer than two classes would be left on either side."""
     if not count:
         return data, {}
     able = [name for name in data.classes if name in DIAGONALS] or data.classes
     most = min(len(able), len(data.classes) - 2)
     if not 2 <= count <= most:
-        raise BadInput(f"--unseen {count}: of {data.name} 2 to {most} classes can be held out")
+        raise BadInput(f"--unseen {count}: of {data.name}'s {len(data.classes)} classes, two must "
+                       f"be left on either side and {len(able)} can be held out")
     unseen = sorted(np.random.default_rng([seed, 4]).choice(able, count, replace=False).tolist())
     seen = [name for name in data.classes if name not in unseen]
 
-    def part(chosen, classes, *parts):
-        """Clips of the chosen classes, to be told among `classes`."""
-        train, test = ([(path, classes.index(data.classes[label])) for path, label in clips
-                        if data.classes[label] in chosen] for clips in parts)
-        return data._replace(name=f"{data.name}-unseen{count}", classes=classes, train=train,
-                             test=test)
+    def part(chosen, classes, train=()):
+        """Clips of the classes `chosen`, to be classified among `classes`."""
+        parts = []
+        for clips in (train, data.test):
+            named = [(path, data.classes[label]) for path, label in clips]
+            parts.append([(path, classes.index(name)) for path, name in named if name in chosen])
+        return dataclasses.replace(data, name=f"{data.name}-unseen{count}", classes=classes,
+                                   train=parts[0], test=parts[1], official=None)
 
-    return part(seen, seen, data.train, data.test), {
-        "unseen": part(unseen, unseen, [], data.test),
-        "unseen_all": part(unseen, data.classes, [], data.test)}
+    return part(seen, seen, data.train), {"unseen": part(unseen, unseen),
+                                          "unseen_all": part(unseen, data.classes)}
+
+
+def hold_out(data, share, seed=0):
+    """Take that share of every class's training clips, drawn by the seed, out of training.
+    -> data without them, and these clips [(path, label)]"""
+    rng, held = np.random.default_rng([seed, 7]), set()
+    for k in sorted({label for _, label in data.train}):
+        own = list(dict.fromkeys(path for path, label in data.train if label == k))
+        count = min(len(own) - 1, round(share * len(own)))
+        held |= set(rng.permutation(own)[:count].tolist())
+    rest = [clip for clip in data.train if clip[0] not in held]
+    return dataclasses.replace(data, train=rest), [clip for clip in data.train if clip[0] in held]
 
 
 # ---- RGB decoding --------------------------------------------------------------------------------
@@ -381,7 +431,8 @@ def segment_indices(count, frames, rng=None):
 
 
 def dense_indices(count, frames, rng=None, views=1):
-    """Dense sampling as in TSM and Text4Vis: windows of 128 frames, stride 128 // T -> (V, T).
+    """Dense sampling: windows of 128 frames, stride 128 // T, as in Text4Vis, the CLIP-based model
+    that uses it (TSM, where it comes from, has windows of 64). -> (V, T)
 
     With rng one window at a random start (training), without it `views` windows evenly spaced (one:
     the middle). Indices are taken modulo N=count: a shorter clip starts over.
@@ -392,282 +443,297 @@ def dense_indices(count, frames, rng=None, views=1):
     return (np.array(starts)[:, None] + np.arange(frames) * max(1, 128 // frames)) % count
 
 
+# A file of a data set is opened as a file, whatever its name looks like, and is no playlist: these
+# formats name other files or addresses to be opened.
+VOP = re.compile(b"\0\0\1\xb6(.)", re.S)  # a picture of MPEG-4; two bits say: I, P, B or S
+CONTAINERS = av.formats_available - {"concat", "dash", "hls", "image2", "imf", "rtsp", "sdp", "tty",
+                                     "webm_dash_manifest"}
+
+
 @contextlib.contextmanager
-def open_video(path, **options):
-    """Open a file for decoding, or a stream with av.open's options for it -> (container, video
-    stream). PyAV's errors become BadVideo."""
+def open_video(path, source=None, **options):
+    """Open a video for decoding -> (container, video stream). PyAV's errors become BadVideo.
+
+    source: what av.open opens with `options`, if not the file `path` (see read_stream)."""
+    if source is None:
+        source, options = f"file:{path}", {"options": {"format_whitelist": ",".join(CONTAINERS)}}
     try:
         # HMDB51 has a file whose metadata are not UTF-8
-        with av.open(str(path), metadata_errors="replace", **options) as container:
+        with av.open(source, metadata_errors="replace", **options) as container:
             covers = av.stream.Disposition.attached_pic
             streams = [s for s in container.streams.video if not s.disposition & covers]
-            if not streams or container.format.name == "tty":  # FFmpeg draws a .txt as ANSI art
+            if not streams:
                 raise BadVideo(path, "no video stream")
             stream = streams[0]
             if stream.codec_context is None:
                 raise BadVideo(path, "its codec is unknown")
             stream.thread_count = 1  # loader workers are the threads
             yield container, stream
-    except (av.FFmpegError, OSError, ValueError) as error:
+    except (av.FFmpegError, OSError, ValueError, IndexError) as error:
         what = "no such file" if isinstance(error, FileNotFoundError) else "no readable video"
         raise BadVideo(path, f"{what} ({type(error).__name__})") from error
 
 
 class VideoIndex(NamedTuple):
     """pts: sorted timestamps (N,), or None where they cannot be trusted; keys: positions of the
-    keyframes; count: N; unfit: why read_compressed cannot use it, or ""."""
+    keyframes; count: N; repeats: a packet without a picture repeats the picture before (MPEG-4);
+    unfit: why read_compressed cannot follow the vectors, as far as packets tell, or ""."""
     pts: np.ndarray | None
     keys: np.ndarray
     count: int
-    unfit: str = ""
+    repeats: bool
+    unfit: str
 
 
 @functools.lru_cache(maxsize=100_000)
 def video_index(path):
-    """Timestamps and keyframes of a file, from its packets, without decoding. -> VideoIndex
+    """Timestamps and keyframes of a file, from the packets that are there. -> VideoIndex
 
-    N counts the frames that the container declares, so that a file that was cut off is noticed when
-    a frame of the lost part is wanted. Raises BadVideo.
-    """
+    Declared numbers are not used: pipes, edit lists and damaged headers make them wrong. Raises
+    BadVideo, also for a file that ends within a packet."""
     with open_video(path) as (container, stream):
-        packets = [p for p in container.demux(stream) if p.size or p.pts is not None]
-        avi = container.format.name == "avi"
-        vague = container.format.name.startswith("mpeg")  # seeks in TS and PS land anywhere
-        coder, declared = stream.codec_context, stream.frames
-        name, reorders, head = coder.codec.canonical_name, coder.has_b_frames, coder.extradata
-    held = [p for p in packets if p.size and not p.is_discard]
-    if not held:
+        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+        form, reorders = container.format.name, stream.codec_context.has_b_frames
+        codec = stream.codec_context.codec.canonical_name
+    packets = list(itertools.dropwhile(lambda p: p.size == 1, packets))  # XviD's lead-in
+    if not packets:
         raise BadVideo(path, "the video stream holds no frame")
-    pts = [p.pts for p in held]
-    lost = declared - len(packets)
-    if avi and None not in pts and len(pts) > 1:  # pts number the chunks; dropped frames have none
-        lost = (declared - 1 - max(pts)) // max(1, int(np.median(np.diff(sorted(pts)))))
-    count, given = len(held) + max(0, lost), [t for t in pts if t is not None]
-    kinds = {picture[1][0] >> 6 for p in held if name == "mpeg4"  # I, P, B, S
-             for picture in re.finditer(b"\0\0\1\xb6(.)", bytes(p), re.S)}
-    several = name == "h264" and _references(head or b"") not in (0, 1)
-    unfit = f"codec {name} exports no motion vectors" if name not in MOTION_CODECS else \
-        "it has B-frames" if 2 in kinds or given != sorted(given) else \
-        "it has global motion compensation" if 3 in kinds else \
-        "its P-frames may refer to several frames" if several else ""
-    if vague or None in pts or len(set(pts)) < len(pts) or (reorders and pts == sorted(pts)):
-        # raw streams have no timestamps, AVI has none that fit B-frames: HMDB51 is full of these
-        return VideoIndex(None, np.zeros(1, int), count, unfit)
-    keys = np.searchsorted(np.sort(pts), sorted(p.pts for p in held if p.is_keyframe))
-    keys = np.union1d([0], keys)  # 0: a start between keyframes
-    return VideoIndex(np.sort(pts), keys, count, unfit)
+    if packets[-1].is_corrupt:
+        raise BadVideo(path, "it was cut off: its last packet is incomplete")
+    unfit = f"its codec is {codec}, not MPEG-4 part 2"
+    if codec == "mpeg4":
+        kinds = {code[0] >> 6 for p in packets for code in VOP.findall(bytes(p))}
+        unfit = "it has B-frames" if 2 in kinds else \
+            "it has global motion compensation" if 3 in kinds else ""
+    pts, count = [p.pts for p in packets], len(packets)
+    vague = form.startswith("mpeg") or None in pts or len(set(pts)) < count  # TS, PS; raw streams
+    if vague or (reorders and (form == "avi" or pts == sorted(pts))):
+        if form != "avi":  # AVI has no timestamps, but a packet for each frame
+            with open_video(path) as (container, stream):
+                count = sum(1 for _ in container.decode(stream))
+        return VideoIndex(None, np.zeros(1, int), count, codec == "mpeg4", unfit)
+    keys = np.searchsorted(np.sort(pts), sorted(p.pts for p in packets if p.is_keyframe))
+    keys = np.union1d([0], keys)  # 0: a stream may start between keyframes
+    return VideoIndex(np.sort(pts), keys, count, codec == "mpeg4", unfit)
 
 
-def _decode(path, indices, export=None):
-    """Open, seek and decode, in one pass -> (None, frame) for each frame that is decoded, and then
-    (i, frame) again where it is the one wanted at i. Seeks only where a keyframe lies between the
-    last decoded frame and the wanted one. export: have motion vectors exported, with these options
-    of the decoder. Raises BadVideo."""
-    index, at, frame = video_index(str(path)), -1, None
+def decode(path, indices, seek=True, export=None):
+    """Decode what `indices` need, in one pass -> yields (position, frame), in order, of each frame
+    that is decoded; a picture that is not coded repeats the one before.
+
+    Seeks only where a keyframe lies between the last decoded frame and the next of `indices`.
+    seek=False: from the start. export: have motion vectors exported, with these options of the
+    decoder. Raises BadVideo."""
+    index, at, frame, frames = video_index(str(path)), -1, None, None
     if not 0 <= min(indices) <= max(indices) < index.count:
         raise BadVideo(path, f"it has {index.count} frames, none for all of {list(indices)}")
     with open_video(path) as (container, stream):
         if export is not None:
             stream.codec_context.flags2 |= Flags2.export_mvs  # before anything is decoded
             stream.codec_context.options = export
-        decoder = container.decode(stream)
         for i in sorted(set(map(int, indices))):
-            key = int(index.keys[max(0, bisect_right(index.keys, i) - 1)])
-            if index.pts is not None and key > at + 1:
-                container.seek(int(index.pts[key]), stream=stream)
-                decoder, at, frame = container.decode(stream), key - 1, None
-            while at < i:
-                new = next(decoder, None)
-                if new is not None:
-                    trusted = index.pts is not None and new.pts is not None
-                    frame, at = new, bisect_left(index.pts, new.pts) if trusted else at + 1
-                    yield None, frame
-                elif frame is not None and index.count - 1 - at <= 2:
-                    at = index.count - 1  # the last frame stands in for one that never comes
-                else:
-                    raise BadVideo(path, f"frame {i} of {index.count} is wanted, but decoding ends "
-                                         f"after frame {at}: cut off or damaged")
-            if at > i and index.pts is not None and new is not None:
-                raise BadVideo(path, f"frame {i} of {index.count} is wanted, but frame {at} comes "
-                                     f"in its place: cut off or damaged")
-            yield i, frame
+            key = int(index.keys[bisect_right(index.keys, i) - 1]) if seek else 0
+            if frames is None or key > at + 1:
+                if key:
+                    container.seek(int(index.pts[key]), stream=stream)
+                at, frames = key - 1, _numbered(container, stream, index, key - 1)
+            while at < i and (found := next(frames, None)):
+                at, frame = found
+                yield at, frame
+            if at < i and not index.count - 3 <= at > -1:
+                raise BadVideo(path, f"{index.count} frames are in it, but decoding ends after "
+                                     f"frame {at}")
+            while at < i:  # decoders lose up to two frames at the end
+                at += 1
+                yield at, frame
+            if at > i:
+                raise BadVideo(path, f"frame {i} of {index.count} cannot be decoded")
+
+
+def _numbered(container, stream, index, at):
+    """Yields (position, frame) of what follows position `at`. Trusted timestamps tell positions,
+    else the frames are counted as they come out."""
+    last = None
+    for packet in container.demux(stream):
+        frames = packet.decode()
+        if index.pts is None and index.repeats and last and packet.size and not frames:
+            at += 1
+            yield at, last
+        for frame in frames:
+            trusted = index.pts is not None and frame.pts is not None
+            new = bisect_left(index.pts, frame.pts) if trusted else at + 1
+            if index.repeats and last:
+                for i in range(at + 1, new):
+                    yield i, last
+            at, last = new, frame
+            yield at, frame
 
 
 def to_picture(frame, side=None, converter=None):
-    """A decoded frame -> uint8 (H, W, 3), RGB, upright; side: as in read_frames."""
+    """A decoded frame -> uint8 (3, H, W), RGB, upright; side: as in read_frames."""
     size = frame.width, frame.height
     scaled = [max(1, round(a * side / min(size))) for a in size] if side else size
     picture = (converter or VideoReformatter()).reformat(
         frame, *scaled, "rgb24", threads=1, interpolation=Interpolation.BICUBIC).to_ndarray()
-    return np.rot90(picture, round(frame.rotation / 90))
+    turned = np.rot90(picture, round(frame.rotation / 90)).copy()  # torch takes no negative strides
+    return torch.from_numpy(turned).permute(2, 0, 1)
 
 
 def read_frames(path, indices, side=None):
     """Decode the frames at `indices` (any order, repeats allowed) -> uint8 (T, 3, H, W).
 
     side: the shorter side in pixels, resized (bicubic) while converting to RGB; None keeps the
-    size. Rotation flags are honoured. Raises BadVideo, also where the file ends before a wanted
-    frame (but for two: decoders swallow some at the end of a packed AVI) and where the frame size
-    changes.
+    size. Rotation flags are honoured. Raises BadVideo, also where the frame size changes.
     """
-    converter, pictures, shape = VideoReformatter(), {}, None
-    for i, frame in _decode(path, indices):
-        if i is None:
-            continue
-        size = frame.width, frame.height
-        if size != (shape := shape or size):
-            raise BadVideo(path, f"the frame size changes from {shape} to {size}")
-        pictures[i] = to_picture(frame, side, converter)
-    return torch.from_numpy(np.stack([pictures[int(i)] for i in indices])).permute(0, 3, 1, 2)
+    def read(seek):
+        converter, pictures, size = VideoReformatter(), {}, None
+        for at, frame in decode(path, indices, seek):
+            if at in wanted:
+                size = size or (frame.width, frame.height)
+                if size != (frame.width, frame.height):
+                    raise BadVideo(path, f"the frame size changes from {size[0]} x {size[1]} to "
+                                         f"{frame.width} x {frame.height}")
+                pictures[at] = to_picture(frame, side, converter)
+        return torch.stack([pictures[int(i)] for i in indices])
+
+    wanted = set(map(int, indices))
+    try:
+        return read(seek=True)
+    except BadVideo:  # not every keyframe is a place to start: once more from the beginning
+        return read(seek=False)
+
+
+def read_stream(source):
+    """Decode a file, an address, a camera or - (standard input) as it comes -> yields (seconds
+    since the first frame, frame). Where timestamps are missing or jump, a frame lasts 1 / the
+    stated rate. Damaged packets are skipped. Raises BadVideo, also where a file ends early."""
+    form, _, name = source.partition(":")
+    if form not in ("avfoundation", "dshow", "lavfi", "v4l2"):
+        form, name = None, "pipe:0" if source == "-" else source
+    if source.startswith("/dev/video"):
+        form = "v4l2"
+    options = {"framerate": "30"} if form == "avfoundation" else {}  # its default fits few cameras
+    t, before = 0., None
+    with open_video(source, name, format=form, options=options) as (container, stream):
+        for packet in container.demux(stream):
+            try:
+                frames = packet.decode()
+            except av.error.InvalidDataError:
+                continue
+            for frame in frames:
+                if before is not None:
+                    passed = 0 if frame.time is None else frame.time - before
+                    t += passed if 0 < passed < 10 else 1 / float(stream.guessed_rate or 25)
+                before = frame.time or 0.
+                yield t, frame
+        declared = (stream.frames - 1) / float(stream.guessed_rate or 25)  # not all files say
+    if t < .9 * declared - 1:
+        raise BadVideo(source, f"it has {t:.1f} of the {declared:.1f} seconds it declares")
 
 
 # ---- compressed decoding -------------------------------------------------------------------------
-# A P-frame t is stored as vectors, a block of 8 or 16 pixels each, and what they leave over. Traced
-# back through the P-frames to the I-frame of its group of pictures (GOP), vector by vector,
+# MPEG-4 part 2 stores a P-frame t as vectors, one per block of 8 or 16 pixels, and a remainder.
+# Traced back through the P-frames to the I-frame of its group of pictures (GOP), vector by vector,
 #     A_t(p) = A_{t-1}(p - v_t(p)),  A_0(p) = p,  MV_t(p) = p - A_t(p),  R_t(p) = F_t(p) - I(A_t(p))
 # after CoViAR (Wu et al., CVPR 2018), but: vectors keep their quarters of a pixel, where CoViAR
-# cuts them to whole ones; a track that leaves the picture goes on from its border, as decoders do,
-# where CoViAR leaves that pixel unmoved; I is read between pixels (bilinear). As there, a block
-# without a vector (intra coded) counts as still: the residual holds what is new in it.
+# truncates them; a track that leaves the picture continues from its border, as decoders do, where
+# CoViAR leaves that pixel unmoved; I is sampled bilinearly. As there, a block without a vector
+# (intra coded) counts as still: the residual holds its content. Other codecs are re-encoded.
 
-MOTION_CODECS = ("mpeg4", "h264", "mpeg1video", "mpeg2video", "h263", "flv1")
 VECTORS = np.dtype({  # FFmpeg's AVMotionVector; (dst_x, dst_y) is the centre of the block
-    "names": ["source", "w", "h", "src_x", "src_y", "dst_x", "dst_y", "x", "y", "scale"],
-    "formats": ["i4", "u1", "u1", "i2", "i2", "i2", "i2", "i4", "i4", "u2"],
-    "offsets": [0, 4, 5, 6, 8, 10, 12, 24, 28, 32], "itemsize": 40})
-
-
-def _references(extradata):
-    """How many frames an H.264 stream may refer to, from its sequence parameter set (ITU-T H.264,
-    7.3.2.1.1), or None where that is not found."""
-    found = re.search(rb"[\x27\x47\x67](.{3,}?)(?=\0\0\1|$)", extradata, re.S)
-    if not found:
-        return None
-    sps = found[1].replace(b"\0\0\3", b"\0\0")
-    bits, at = "".join(f"{byte:08b}" for byte in sps) + "1" * 64, 24  # profile, flags, level
-
-    def skip(count):  # that many bits
-        nonlocal at
-        at += count
-        return int(bits[at - count:at] or "0", 2)
-
-    def golomb():
-        zeros = bits.index("1", at) - at
-        return skip(2 * zeros + 1) - 1
-
-    golomb()
-    if sps[0] in (100, 110, 122, 244, 44, 83, 86, 118, 128, 134, 135, 138, 139):
-        skip(1 if golomb() == 3 else 0)
-        golomb(), golomb(), skip(1)
-        if skip(1):
-            return None  # scaling matrices
-    golomb()
-    order = golomb()
-    if order == 0:
-        golomb()
-    elif order == 1:
-        skip(1), golomb(), golomb(), [golomb() for _ in range(golomb())]
-    return golomb()
+    "names": ["w", "h", "src_x", "src_y", "dst_x", "dst_y", "x", "y", "scale"],
+    "formats": ["u1", "u1", "i2", "i2", "i2", "i2", "i4", "i4", "u2"],
+    "offsets": [4, 5, 6, 8, 10, 12, 24, 28, 32], "itemsize": 40})
 
 
 def p_frames(path):
-    """Positions of the frames that have motion -> (P,): all but I-frames, of a file that may have
-    no others all of them. Raises BadVideo."""
+    """Positions of the frames that have motion -> (P,): all but I-frames; all frames of a file that
+    has no others. Raises BadVideo."""
     index = video_index(str(path))
     found = np.setdiff1d(np.arange(index.count), index.keys)
     return found if len(found) else np.arange(index.count)
 
 
 class Coded(NamedTuple):
-    """S frames of a clip as they are stored: their I-frames and they themselves, decoded, uint8
-    (S, 3, H, W), or None; motion: int16 (S, 2, h, w), x and y in quarters of a pixel, at every 4th
-    pixel; size: (H, W)."""
+    """S frames of a clip as they are stored. intra, frame: their I-frames and they themselves,
+    decoded, uint8 (S, 3, H, W), or None; motion: int16 (S, 2, h, w), x and y in quarters of a
+    pixel, at every 4th pixel; size: (H, W)."""
     intra: torch.Tensor | None
     frame: torch.Tensor | None
     motion: torch.Tensor
     size: tuple
+
+    def to(self, device):
+        parts = [None if part is None else part.to(device, non_blocking=True) for part in self[:3]]
+        return Coded(*parts, self.size)
 
 
 def read_compressed(path, indices, pictures=True, whole=False, step=4):
     """Decode the frames at `indices` with their I-frames and the motion between the two, MV above,
     in one pass over each GOP -> Coded. The motion of an I-frame is 0.
 
-    pictures=False: motion alone, and the decoder leaves out what only pictures need. whole: cut
-    vectors to whole pixels as CoViAR does. step: trace every step-th pixel, from the middle of a
-    step x step block. Raises BadVideo as read_frames does, and for what VideoIndex.unfit names,
-    interlaced and rotated frames: re-encode these.
+    pictures=False: motion alone; the decoder skips what only pictures need. whole: truncate vectors
+    to whole pixels as CoViAR does. step: trace every step-th pixel, from the middle of a step x
+    step block. Raises BadVideo as read_frames does, for what VideoIndex.unfit names,
+    for interlaced and rotated frames: re-encode these.
     """
-    if why := video_index(str(path)).unfit:
-        raise BadVideo(path, f"{why}: re-encode it")
-    convert, seen, vectors, shape, intra = VideoReformatter(), {}, [], None, None
+    if reason := video_index(str(path)).unfit:
+        raise BadVideo(path, f"{reason}: re-encode it")
     export = {} if pictures else {"skip_idct": "all", "skip_loop_filter": "all"}
-    for i, frame in _decode(path, indices, export):
-        if i is not None:
-            seen[i] = list(vectors), *[
-                convert.reformat(f, format="rgb24", threads=1).to_ndarray() for f in (intra, frame)
-                if pictures]
-            continue
-        size = frame.height, frame.width
-        if size != (shape := shape or size):
-            raise BadVideo(path, f"the frame size changes from {shape[::-1]} to {size[::-1]}")
-        odd = [what for what, found in (
-            ("a B-frame", frame.pict_type == PictureType.B), ("rotated", frame.rotation),
-            ("interlaced", frame.interlaced_frame)) if found]
-        if odd:
-            raise BadVideo(path, f"a frame in it is {odd[0]}: re-encode it")
+    wanted, found, vectors, size, intra, before = set(map(int, indices)), {}, [], None, None, None
+    for at, frame in decode(path, indices, export=export):
+        size = size or (frame.height, frame.width)
+        if size != (frame.height, frame.width):
+            raise BadVideo(path, f"the frame size changes from {size[1]} x {size[0]} to "
+                                 f"{frame.width} x {frame.height}")
+        if frame.rotation or frame.interlaced_frame:
+            what = "rotated" if frame.rotation else "interlaced"
+            raise BadVideo(path, f"a frame in it is {what}: re-encode it")
         if frame.pict_type == PictureType.I:  # wherever the encoder put one
             intra, vectors = frame, []
         elif intra is None:
             raise BadVideo(path, "no I-frame stands where its motion starts: re-encode it")
-        else:  # frame.side_data would make a reference cycle
+        elif frame is not before:  # not a repeated one. frame.side_data makes a reference cycle
             held = SideDataContainer(frame).get("MOTION_VECTORS")
             vectors.append(b"" if held is None else bytes(held))
-    vectors, *held = zip(*[seen[int(i)] for i in indices], strict=True)
-    held = [torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2) for part in held] or [None, None]
-    motion = _trace(vectors, *shape, whole, step)
-    if motion is None:
-        raise BadVideo(path, "a vector points forward in time (B-frames): re-encode it")
-    return Coded(*held, torch.from_numpy(motion), shape)
+        before = frame
+        if at in wanted:
+            found[at] = [_trace(vectors, *size, whole, step)]
+            if pictures:
+                found[at] += [f.reformat(format="rgb24", threads=1).to_ndarray()
+                              for f in (intra, frame)]
+    motion, *rgb = (torch.from_numpy(np.stack(part)) for part in
+                    zip(*[found[int(i)] for i in indices], strict=True))
+    intra, frame = [part.permute(0, 3, 1, 2) for part in rgb] or (None, None)
+    return Coded(intra, frame, motion, size)
 
 
-def _trace(samples, H, W, whole, step):
-    """MV of S samples, each the vectors of its P-frames as bytes, oldest first -> int16 (S, 2, h,
-    w) in quarters of a pixel. None where a vector points forward in time."""
-    frames = [(s, j, part) for s, parts in enumerate(samples) for j, part in enumerate(parts[::-1])]
-    rows = np.frombuffer(b"".join(part for _, _, part in frames), VECTORS)
-    if (rows["source"] > 0).any():
-        return None
-    S, J = len(samples), max(map(len, samples))  # all vectors onto a grid of 8-pixel cells at once
-    h8, w8 = -(-H // 8) + 1, -(-W // 8) + 1      # and one more, for blocks that reach out
-    count = [len(part) // VECTORS.itemsize for _, _, part in frames]
-    origin = np.repeat(np.array([(j * S + s) * h8 * w8 for s, j, _ in frames], int), count)
-    w, h = rows["w"].copy(), rows["h"].copy()    # 8 or 16; (h >> 1) keeps their 8 bits
-    cell = origin + ((rows["dst_y"] - (h >> 1)) >> 3) * np.int32(w8)
-    cell += (rows["dst_x"] - (w >> 1)) >> 3
-    wide, high = np.flatnonzero(w > 8), np.flatnonzero(h > 8)
-    both = wide[h.take(wide) > 8]
-    reach = [(i, cell.take(i) + more) for i, more in ((wide, 1), (high, w8), (both, w8 + 1))]
-    per_pixel = np.int16(4 // max(1, int(rows["scale"][0]))) if len(rows) else 1
-    field = np.zeros((2, J * S * h8 * w8), np.int16)
-    for cells, axis in zip(field, "xy", strict=True):
-        v = (rows[f"src_{axis}"] - rows[f"dst_{axis}"]) * np.int16(4) if whole else \
-            rows[axis].astype(np.int16) * per_pixel
-        cells[cell] = v
-        for i, others in reach:
-            cells[others] = v.take(i)
-    y, x = np.mgrid[0:-(-H // step), 0:-(-W // step)].astype(np.int16) * step + step // 2
-    start = np.stack([np.minimum(x, W - 1), np.minimum(y, H - 1)]) * np.int16(4) + 2
-    x, y = ends = np.repeat(start.reshape(2, 1, -1), S, 1)                      # (S, h*w) each
-    at = np.empty(x.shape, np.intp)
-    for v_x, v_y in zip(*field.reshape(2, J, S, h8 * w8), strict=True):
-        np.multiply(y >> 5, w8, out=at)
-        at += x >> 5
-        for s in range(S):
-            x[s] += v_x[s].take(at[s])
-            y[s] += v_y[s].take(at[s])
-        x.clip(2, 4 * W - 2, out=x)
-        y.clip(2, 4 * H - 2, out=y)
-    return (start[:, None] - ends.reshape(2, S, *start.shape[1:])).swapaxes(0, 1)
+def _trace(frames, H, W, whole, step):
+    """MV of one frame, from the vectors of its P-frames as bytes, oldest first -> int16 (2, h, w),
+    x and y in quarters of a pixel"""
+    y, x = np.mgrid[step // 2:H + step // 2:step, step // 2:W + step // 2:step].astype(np.int16)
+    start = 4 * np.stack([np.minimum(x, W - 1), np.minimum(y, H - 1)]) + np.int16(2)
+    at = start.copy()
+    for vectors in frames[::-1]:  # newest first, back to the I-frame
+        at += _field(vectors, H, W, whole)[:, at[1] // 32, at[0] // 32]
+        np.clip(at[0], 2, 4 * W - 2, out=at[0])
+        np.clip(at[1], 2, 4 * H - 2, out=at[1])
+    return start - at
+
+
+def _field(vectors, H, W, whole):
+    """The vectors of one P-frame -> int16 (2, h, w), one per cell of 8 x 8 pixels, in quarters of a
+    pixel: where the content of the cell was in the frame before"""
+    v = np.frombuffer(vectors, VECTORS)
+    out = np.zeros((2, -(-H // 8) + 1, -(-W // 8) + 1), np.int16)  # blocks may reach out
+    x, y = (v["dst_x"] - v["w"] // 2) // 8, (v["dst_y"] - v["h"] // 2) // 8  # a block's first cell
+    motion = np.stack([v["x"], v["y"]]) * 4 // np.maximum(v["scale"], 1)
+    if whole:
+        motion = 4 * np.stack([v["src_x"] - v["dst_x"], v["src_y"] - v["dst_y"]])
+    for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):  # blocks have 8 or 16 pixels a side
+        part = (v["h"] > 8 * down) & (v["w"] > 8 * right)
+        out[:, y[part] + down, x[part] + right] = motion[:, part]
+    return out
 
 
 def modalities(coded, step=4):
@@ -689,100 +755,42 @@ def warp(i, mv):
     return F.grid_sample(i.float(), at, padding_mode="border", align_corners=False)
 
 
-def compressed_view(clips, size, rngs=None, mirror=None, scales=(1, .875, .75)):
-    """What the three networks see of B clips, cropped and flipped as one -> {"mv": (B, S, 2, size,
-    size), pixels / 40, cut to -.5 and .5; "r": (B, S, 3, size, size), -1..1; "i": the same, 0..1}
-
-    rngs, a numpy generator per clip, and mirror, a bool per clip: training, a square of `scales`
-    times the shorter side, anywhere; flip p .5, which negates mv's x. Without: the middle square.
-    """
-    out = []
-    for n, coded in enumerate(clips):
-        mv, *pictures = modalities(coded)
-        video = torch.cat([(mv / 40).clamp(-.5, .5), *(part / 255 for part in pictures)], 1)
-        H, W = coded.size
-        side = min(H, W)
-        top, left = (H - side) // 2, (W - side) // 2
-        if rngs:
-            side = max(1, int(side * rngs[n].choice(scales)))
-            top, left = int(rngs[n].integers(H - side + 1)), int(rngs[n].integers(W - side + 1))
-        video = TF.resized_crop(video, top, left, side, side, [size, size], antialias=True)
-        if rngs and rngs[n].random() < .5 and mirror[n]:
-            video = video.flip(-1)
-            video[:, 0] = -video[:, 0]
-        out.append(video)
-    parts = torch.stack(out).tensor_split((2, 5), 2)
-    return {name: part.contiguous() for name, part in zip(("mv", "r", "i"), parts, strict=True)
-            if part.numel()}
-
-
-def reencode_video(path, out):
-    """Write a video as CoViAR has it, MPEG-4 part 2, 340 x 256, an I-frame every 12 frames, no
-    B-frames, quantiser 1, to `out`, a path or a file object. -> number of frames written, and lost.
-    Frame by frame at a constant rate; a rotation flag is carried out. Raises BadVideo."""
-    count, written, lost = video_index(str(path)).count, 0, 0
-    with av.open(out, "w", format="mp4") as container:
+def reencode(path, out):
+    """Write a video in CoViAR's form: MPEG-4 part 2, 340 x 256, an I-frame at least every 12
+    frames, no B-frames, quantiser 2 (FFmpeg's -q:v 1), to the path `out`. Frame by frame at a
+    constant rate; a rotation flag is carried out. Raises BadVideo, also where frames are lost."""
+    count = video_index(str(path)).count
+    with av.open(f"file:{out}", "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=25, options={
-            "g": "12", "bf": "0", "qmin": "1", "qmax": "1"})
+            "g": "12", "bf": "0", "qmin": "2", "qmax": "2"})
         stream.width, stream.height, stream.pix_fmt = 340, 256, "yuv420p"
-        try:
-            for i, frame in _decode(path, range(count)):
-                if i is not None:
-                    continue
-                if frame.rotation:
-                    turned = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-                    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(turned), "rgb24")
-                frame = frame.reformat(340, 256, "yuv420p", threads=1)
-                frame.pts, frame.time_base, frame.pict_type = written, Fraction(1, 25), 0
-                container.mux(stream.encode(frame))
-                written += 1
-        except BadVideo:
-            if not written:
-                raise
-            lost = count - written
-        except (av.FFmpegError, ValueError) as error:  # a pixel format that cannot be converted
-            raise BadVideo(path, f"cannot be re-encoded ({type(error).__name__})") from error
+        for i, frame in decode(path, range(count), seek=False):
+            if frame.rotation:
+                picture = to_picture(frame).permute(1, 2, 0).contiguous().numpy()
+                frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+            try:
+                copy = frame.reformat(340, 256, "yuv420p", threads=1)
+            except ValueError as error:
+                raise BadVideo(path, f"its pixels cannot be converted ({error})") from error
+            copy.pts, copy.time_base, copy.pict_type = i, Fraction(1, 25), PictureType.NONE
+            container.mux(stream.encode(copy))
         container.mux(stream.encode(None))
-    return written, lost
 
 
-def _reencode_file(path, out):
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part, remark = out.with_name(f"{out.name}.part"), ""
-    try:
-        written, lost = reencode_video(path, str(part))
-        if lost:
-            remark = f"{path}: damaged, only {written} of {written + lost} frames are in the copy"
-    except BadVideo as error:
-        shutil.copyfile(path, part)
-        if path.suffix not in (".csv", ".txt", ".json"):
-            remark = f"{path}: copied as it is: {error.reason}"
-    part.rename(out)
-    return remark
-
-
-def reencode(folder, target=None, workers=None):
-    """Copy a data set into CoViAR's form (see reencode_video) -> folder of the copy, by default
-    FOLDER-mpeg4. Paths stay the same, so lists and class folders hold; whatever is no video is
-    copied as it is, and so is a video that cannot be decoded, with a word on stderr: it will count
-    as wrong. The source is only read. Files that the copy has are left unless they are older.
-    Raises BadInput where one folder lies in the other."""
-    folder, target = Path(folder).resolve(), Path(target or f"{folder}-mpeg4").resolve()
-    if not folder.is_dir():
-        raise BadInput(f"{folder}: no such folder")
-    if folder.is_relative_to(target) or target.is_relative_to(folder):
-        raise BadInput(f"{folder} cannot be re-encoded into {target}: one lies in the other")
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    pairs = [(path, target / path.relative_to(folder)) for path in paths]
-    todo = [(path, out) for path, out in pairs
-            if not out.exists() or out.stat().st_mtime < path.stat().st_mtime]
-    if todo:
-        print(f"re-encoding {len(todo)} files of {folder} into {target} ...", file=sys.stderr)
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            for remark in pool.map(_reencode_file, *zip(*todo, strict=True)):
-                if remark:
-                    print(remark, file=sys.stderr)
-    return target
+def coded_copy(path, folder):
+    """Path of a clip's copy in CoViAR's form, in `folder`, made where it is missing or older than
+    the clip. Raises BadVideo."""
+    number = zlib.crc32(os.path.abspath(path).encode())
+    out = Path(folder) / Path(path).parent.name / f"{Path(path).stem}-{number:08x}.mp4"
+    if not out.exists() or out.stat().st_mtime < os.path.getmtime(path):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = out.with_name(f"{out.name}.part-{os.getpid()}")
+        try:
+            reencode(path, part)
+            part.rename(out)
+        finally:
+            part.unlink(missing_ok=True)
+    return str(out)
 
 
 # ---- loaders -------------------------------------------------------------------------------------
@@ -791,9 +799,9 @@ def reencode(folder, target=None, workers=None):
 
 
 class Sample(NamedTuple):
-    """video: uint8 (V*T, 3, H, W) or Coded, None where none can be decoded; label: class index;
-    key: (epoch, index); bad: [(path, reason)] of the clips that failed on the way. A batch is a
-    Sample of lists: clips differ in shape until they are cropped."""
+    """video: uint8 (V*T, 3, H, W) or Coded; label: class index, or -1 of a test clip that cannot be
+    decoded; key: (epoch, index); bad: [(path, reason)] of the clips that failed on the way. A batch
+    is a Sample of lists: clips differ in shape until they are cropped."""
     video: torch.Tensor | Coded | None
     label: int
     key: tuple
@@ -804,15 +812,18 @@ class Clips(torch.utils.data.Dataset):
     """Decodes the clip of a key (epoch, index) -> Sample.
 
     clips: list of (path, class index). frames: T or S. side: shorter side in pixels. sampling:
-    `tsn`, `dense`, this with `views` windows at test, or `coded`, a P-frame of each of S segments.
-    train: random frames (jitter=False: those of the test), and another clip takes the place of one
-    that cannot be decoded.
+    `tsn`, `dense`, this with `views` windows at test, or `coded`, a P-frame of each of S segments;
+    copies: a folder where re-encoded clips are kept (see coded_copy), if they are to be used.
+    train: random frames. A clip that cannot be decoded is replaced by another one in training; in
+    testing it is black and of no class, and so counts as wrong.
     """
 
     def __init__(self, clips, frames, side=None, sampling="tsn", views=1, train=False, seed=0,
-                 jitter=True):
+                 copies=None):
+        if views > 1 and sampling != "dense":
+            raise BadInput("--views: TSN sampling has one view; add --sampling dense")
         self.clips, self.frames, self.side, self.train = clips, frames, side, train
-        self.sampling, self.views, self.seed, self.jitter = sampling, views, seed, jitter
+        self.sampling, self.views, self.seed, self.copies = sampling, views, seed, copies
 
     def __len__(self):
         return len(self.clips)
@@ -823,19 +834,33 @@ class Clips(torch.utils.data.Dataset):
         while True:
             path, label = self.clips[i]
             try:
-                count, draw = video_index(path).count, rng if self.train and self.jitter else None
-                if self.sampling == "coded":
-                    found = p_frames(path)
-                    indices = found[segment_indices(len(found), self.frames, draw)]
-                    return Sample(read_compressed(path, indices), label, key, bad)
-                indices = segment_indices(count, self.frames, draw) if self.sampling == "tsn" \
-                    else dense_indices(count, self.frames, draw, self.views).ravel()
-                return Sample(read_frames(path, indices, self.side), label, key, bad)
+                return Sample(self.read(path, rng if self.train else None), label, (epoch, i), bad)
             except BadVideo as error:
                 bad.append((error.path, error.reason))
-                if not self.train or len(bad) > 20:
-                    return Sample(None, label, key, bad)
-                i = int(rng.integers(len(self.clips)))
+            if not self.train:
+                return Sample(self.black(), -1, (epoch, i), bad)
+            if len(bad) > 20:
+                return Sample(None, label, (epoch, i), bad)
+            i = int(rng.integers(len(self.clips)))
+
+    def read(self, path, rng):
+        if self.sampling == "coded":
+            path = coded_copy(path, self.copies) if self.copies else path
+            found = p_frames(path)
+            return read_compressed(path, found[segment_indices(len(found), self.frames, rng)])
+        count = video_index(path).count
+        if self.sampling == "dense":
+            indices = dense_indices(count, self.frames, rng, self.views).ravel()
+        else:
+            indices = segment_indices(count, self.frames, rng)
+        return read_frames(path, indices, self.side)
+
+    def black(self):
+        side, T = self.side or 32, self.frames * self.views
+        video = torch.zeros(T, 3, side, side, dtype=torch.uint8)
+        if self.sampling == "coded":
+            return Coded(video, video, torch.zeros(T, 2, 8, 8, dtype=torch.int16), (side, side))
+        return video
 
 
 class ClipOrder(torch.utils.data.Sampler):
@@ -862,26 +887,40 @@ def _collate(samples):
     return Sample(*map(list, zip(*samples, strict=True)))
 
 
-def clip_loader(clips, batch, workers=0, rank=0, world=1):
-    """DataLoader over Clips; its batches are Samples of lists. Set .batch_sampler.epoch."""
-    order = ClipOrder(len(clips), batch, clips.train, clips.seed, rank, world)
-    return torch.utils.data.DataLoader(
-        clips, batch_sampler=order, num_workers=workers, persistent_workers=workers > 0,
-        collate_fn=_collate, pin_memory=torch.cuda.is_available())
+class ClipLoader(torch.utils.data.DataLoader):
+    """DataLoader over Clips; its batches are Samples of lists. Set .order.epoch.
+
+    batch: clips of all processes together. Clips that cannot be decoded go into `bad`, a dict
+    {path: reason}, and are named once on stderr. Raises BadInput when they are more than ten and
+    more than 1 % of the clips, and where clips or batch are too few for the processes."""
+
+    def __init__(self, clips, batch, workers=0, rank=0, world=1, bad=None):
+        if clips.train:
+            batch = min(batch, len(clips)) // world * world
+        if not batch:
+            raise BadInput(f"--batch-size and {len(clips)} training clips: too few for {world} "
+                           f"processes")
+        self.order = ClipOrder(len(clips), batch, clips.train, clips.seed, rank, world)
+        self.bad = {} if bad is None else bad
+        super().__init__(clips, batch_sampler=self.order, num_workers=workers,
+                         persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
+                         collate_fn=_collate)
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            for path, reason in itertools.chain(*batch.bad):
+                if path not in self.bad:
+                    print(f"cannot decode {path}: {reason}", file=sys.stderr)
+                self.bad[path] = reason
+            stuck = any(video is None for video in batch.video)
+            if stuck or len(self.bad) > max(10, .01 * len(self.dataset)):
+                raise BadInput(f"{len(self.bad)} of {len(self.dataset)} clips cannot be decoded, "
+                               f"the last one {list(self.bad)[-1]}; mend them or take them off the "
+                               f"list")
+            yield batch
 
 
-def note_bad(bad, batch, clips):
-    """Keep book of clips that cannot be decoded: `bad` {path: reason} takes in those of a batch,
-    new ones are named on stderr. Raises BadInput when they are more than ten and more than 1 % of
-    the clips, or when training finds no other clip to take a place."""
-    for path, reason in (pair for found in batch.bad for pair in found):
-        if path not in bad:
-            print(f"cannot decode {path}: {reason}", file=sys.stderr)
-        bad[path] = reason
-    stuck = clips.train and any(video is None for video in batch.video)
-    if stuck or len(bad) > max(10, .01 * len(clips)):
-        raise BadInput(f"{len(bad)} of {len(clips)} clips cannot be decoded, the last one "
-                       f"{list(bad)[-1]}; mend them or take them off the list")
+# ---- views: what networks see of a clip ----------------------------------------------------------
 
 
 def centre_crop(videos, size):
@@ -890,38 +929,86 @@ def centre_crop(videos, size):
     return torch.stack([TF.center_crop(video, [size, size]) for video in videos]).float() / 255
 
 
-def augment(videos, size, rngs, mirror, scales=(1, .875, .75, .66)):
-    """Training view as in ActionCLIP, but drawn once per clip: flicker is not in the video.
-
-    A crop whose height and width are of `scales` times the shorter side, resized bilinearly; flip
-    p .5 where mirror allows it (see mirrors); colour jitter p .8 (.4, .4, .2, .1); grey p .2.
-    videos: list of uint8 (T, 3, H, W); rngs: numpy generators, one per clip; mirror: bool per clip.
-    -> float (B, T, 3, size, size) in 0..1
-    """
-    out = []
-    for video, rng, may_flip in zip(videos, rngs, mirror, strict=True):
-        H, W = video.shape[-2:]
-        first = int(rng.integers(len(scales)))  # the other side is at most one step away
-        second = int(np.clip(first + rng.integers(-1, 2), 0, len(scales) - 1))
-        h, w = (max(1, int(min(H, W) * scales[s])) for s in (first, second))
-        top, left = int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1))
-        video = TF.resized_crop(video, top, left, h, w, [size, size], antialias=True).float() / 255
-        if rng.random() < .5 and may_flip:
-            video = video.flip(-1)
-        if rng.random() < .8:
-            video = TF.adjust_brightness(video, rng.uniform(.6, 1.4))
-            video = TF.adjust_contrast(video, rng.uniform(.6, 1.4))
-            video = TF.adjust_saturation(video, rng.uniform(.8, 1.2))
-            video = TF.adjust_hue(video, rng.uniform(-.1, .1))
-        if rng.random() < .2:
-            video = TF.rgb_to_grayscale(video, num_output_channels=3)
-        out.append(video)
-    return torch.stack(out)
-
-
 def mirrors(classes):
     """For each class: may its clips be flipped? Not where its words tell left from right."""
     return [not re.search(r"(?<![a-z])(left|right)(?![a-z])", name.lower()) for name in classes]
+
+
+def augment(video, size, rng, may_flip, scales=(1, .875, .75, .66)):
+    """Training view of one clip as in ActionCLIP, but drawn once for all its frames: flicker is not
+    in the video. uint8 (T, 3, H, W) -> float (T, 3, size, size) in 0..1
+
+    A crop whose height and width are `scales` times the shorter side, resized bilinearly; flip
+    p .5; colour jitter p .8 (.4, .4, .2, .1); grey p .2. rng: numpy generator.
+    """
+    H, W = video.shape[-2:]
+    first = int(rng.integers(len(scales)))  # the other side is at most one step away
+    second = int(np.clip(first + rng.integers(-1, 2), 0, len(scales) - 1))
+    h, w = (max(1, int(min(H, W) * scales[s])) for s in (first, second))
+    top, left = int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1))
+    video = TF.resized_crop(video, top, left, h, w, [size, size], antialias=True).float() / 255
+    if rng.random() < .5 and may_flip:
+        video = video.flip(-1)
+    if rng.random() < .8:
+        video = TF.adjust_brightness(video, rng.uniform(.6, 1.4))
+        video = TF.adjust_contrast(video, rng.uniform(.6, 1.4))
+        video = TF.adjust_saturation(video, rng.uniform(.8, 1.2))
+        video = TF.adjust_hue(video, rng.uniform(-.1, .1))
+    if rng.random() < .2:
+        video = TF.rgb_to_grayscale(video, num_output_channels=3)
+    return video
+
+
+def training_view(batch, size, mirror, seed, device):
+    """augment for a batch of a loader, the same draws at any size; networks of few pixels get
+    milder crops. mirror: bool per class. -> float (B, T, 3, size, size) in 0..1"""
+    scales, out = (1, .875, .75, .66) if size > 100 else (1, .875), []
+    for video, label, key in zip(batch.video, batch.label, batch.key, strict=True):
+        rng = np.random.default_rng([seed, *key, 2])
+        out.append(augment(video.to(device, non_blocking=True), size, rng, mirror[label], scales))
+    return torch.stack(out)
+
+
+def compressed_view(clips, size, rngs=None, mirror=None, scales=(1, .875, .75)):
+    """What the three networks see of B clips, cropped and flipped as one -> {"mv": (B, S, 2, size,
+    size), pixels / 40, clamped to +-.5; "r": (B, S, 3, size, size), -1..1; "i": the same, 0..1}
+
+    rngs, a numpy generator per clip, and mirror, a bool per clip: training, a square of `scales`
+    times the shorter side, anywhere; flip p .5, which negates mv's x. Without: the middle square.
+    """
+    out = []
+    for n, coded in enumerate(clips):
+        mv, *pictures = modalities(coded)
+        video = torch.cat([(mv / 40).clamp(-.5, .5), *(part / 255 for part in pictures)], 1)
+        H, W = coded.size
+        side = min(H, W)
+        top, left = (H - side) // 2, (W - side) // 2
+        if rngs:
+            side = max(1, int(side * rngs[n].choice(scales)))
+            top, left = int(rngs[n].integers(H - side + 1)), int(rngs[n].integers(W - side + 1))
+        video = TF.resized_crop(video, top, left, side, side, [size, size], antialias=True)
+        if rngs and rngs[n].random() < .5 and mirror[n]:
+            video = video.flip(-1)
+            video[:, 0] = -video[:, 0]
+        out.append(video)
+    parts = torch.stack(out).tensor_split((2, 5), 2)
+    return {name: part.contiguous() for name, part in zip(("mv", "r", "i"), parts, strict=True)
+            if part.numel()}
+
+
+def contact_sheet(clips, lines, frames, path):
+    """Write a picture of clips [(path, label)]: of `lines`, {index: (words, good)}, eight, a row
+    each, framed green where good, else red"""
+    rows, known = [], sorted(lines)
+    for i in known[::max(1, len(known) // 8)][:8]:
+        video = centre_crop([Clips(clips, frames, 128)[0, i].video], 128)[0]
+        row = F.pad(torchvision.utils.make_grid(video, frames).mul(255).byte(), (2, 2, 14, 2))
+        box = torch.tensor([[1, 1, row.shape[2] - 2, row.shape[1] - 2]])
+        words, good = lines[i]
+        rows.append(torchvision.utils.draw_bounding_boxes(row, box, [words],
+                                                          "lime" if good else "red"))
+    if rows:
+        torchvision.io.write_png(torch.cat(rows, 1), str(path))
 
 
 # ---- CLIP and ActionCLIP builders ----------------------------------------------------------------
@@ -956,11 +1043,8 @@ def build_clip(spec, cache="runs/cache"):
     """
     name, _, weights = spec.partition(":")
     if name not in CLIPS and name not in open_clip.list_models():
-        near = difflib.get_close_matches(name, [*CLIPS, *open_clip.list_models()], n=3, cutoff=0)
-        raise BadInput(f"unknown model {name}; " + (
-            f"of the TinyCLIPs these six can be built: {', '.join(list(CLIPS)[:6])}"
-            if "tinyclip" in name.lower() else f"the nearest names are {', '.join(near)}"))
-    path, saved = weights if Path(weights).is_file() else None, {}
+        raise _unknown_model(name)
+    path = weights if Path(weights).is_file() else None
     tags = [] if name in CLIPS else open_clip.list_pretrained_tags_by_model(name)
     tag = open_clip.get_pretrained_cfg(name, weights) if weights in tags and not path else {}
     if not weights and name.startswith("toy-"):
@@ -969,11 +1053,11 @@ def build_clip(spec, cache="runs/cache"):
     elif not weights:
         print(f"{name}: RANDOM WEIGHTS, since no :WEIGHTS were named", file=sys.stderr)
     elif not path and not tag and weights != "random":
-        raise BadInput(f"{spec}: {weights} is no file, and no tag of {name}; " + (
-            f"its tags are {', '.join(tags)}" if tags else "TinyCLIP's files are released on the "
-            "page `checkpoints` of github wkcn/TinyCLIP-model-zoo"))
-    if path:
-        saved = read_weights(path)
+        where = f"its tags are {', '.join(tags)}" if tags else \
+            "TinyCLIP's files are released on the page `checkpoints` of github " \
+            "wkcn/TinyCLIP-model-zoo"
+        raise BadInput(f"{spec}: {weights} is no file, and no tag of {name}; {where}")
+    saved = read_weights(path) if path else {}
     quick_gelu = saved.get("quick_gelu", tag.get("quick_gelu"))
     if name in CLIPS:
         D, vision, text = CLIPS[name]
@@ -985,35 +1069,45 @@ def build_clip(spec, cache="runs/cache"):
     else:
         if quick_gelu is None:
             quick_gelu = open_clip.get_model_config(name).get("quick_gelu", False)
-        kin = tag or (open_clip.get_pretrained_cfg(name, tags[0]) if tags else {})
-        file = f"{name}{'-quickgelu' * (quick_gelu and not name.endswith('-quickgelu'))}:FILE"
-        with _open_clip(spec, file):
-            clip = open_clip.create_model(name, quick_gelu=quick_gelu, force_preprocess_cfg={
-                key: kin[key] for key in ("mean", "std") if key in kin})
-            tokenizer = open_clip.get_tokenizer(name)
-            if tag:
-                open_clip.load_checkpoint(clip, open_clip.download_pretrained(tag))
+        clip, tokenizer = _open_clip(spec, tag, tags, quick_gelu)
     clip.quick_gelu = bool(quick_gelu)
     if path:
         load_strictly(clip, open_clip.convert.convert_state_dict(clip, saved["clip"]), path, name)
     return clip, tokenizer, saved
 
 
-@contextlib.contextmanager
-def _open_clip(spec, file):
+def _unknown_model(name):
+    if "tinyclip" in name.lower():
+        return BadInput(f"unknown model {name}; of the TinyCLIPs these six can be built: "
+                        f"{', '.join(list(CLIPS)[:6])}")
+    near = difflib.get_close_matches(name, [*CLIPS, *open_clip.list_models()], n=3, cutoff=0)
+    return BadInput(f"unknown model {name}; the nearest names are {', '.join(near)}")
+
+
+def _open_clip(spec, tag, tags, quick_gelu):
+    """One of open_clip's models -> (clip, tokenizer)"""
+    name = spec.partition(":")[0]
+    kin = tag or (open_clip.get_pretrained_cfg(name, tags[0]) if tags else {})
+    pixels = {key: kin[key] for key in ("mean", "std") if key in kin}
     logging.disable(logging.CRITICAL)  # it logs each retry of a download, and warns of what we mend
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield
+            clip = open_clip.create_model(name, quick_gelu=quick_gelu, force_preprocess_cfg=pixels)
+            tokenizer = open_clip.get_tokenizer(name)
+            if tag:
+                open_clip.load_checkpoint(clip, open_clip.download_pretrained(tag))
     except ImportError as error:
         raise BadInput(f"{spec} needs a package that is not installed: {error}") from error
     except Exception as error:
-        reason = str(error).split("\n")[0]
+        reason, twin = str(error).split("\n")[0], name
+        if quick_gelu and not name.endswith("-quickgelu"):
+            twin = f"{name}-quickgelu"
         raise BadInput(f"{spec}: open_clip cannot fetch or build it here: {reason}. Without a "
-                       f"network, download the weights elsewhere and say {file}") from error
+                       f"network, download the weights elsewhere and say {twin}:FILE") from error
     finally:
         logging.disable(logging.NOTSET)
+    return clip, tokenizer
 
 
 def read_weights(path):
@@ -1035,8 +1129,8 @@ def read_weights(path):
             for key in ("input_resolution", "context_length", "vocab_size"):
                 state.pop(key, None)
         if "model_state_dict" in state:
-            more = {"quick_gelu": True, **{k: v for k, v in state.items() if "state" not in k}}
-            more["fusion"] = _bare(state["fusion_model_state_dict"])
+            about = {key: value for key, value in state.items() if "state" not in key}
+            more = {"quick_gelu": True, **about, "fusion": _bare(state["fusion_model_state_dict"])}
             state = _bare(state["model_state_dict"])
         if not all(isinstance(value, torch.Tensor) for value in state.values()):
             raise TypeError("other things than tensors in it")
@@ -1054,8 +1148,8 @@ def _bare(state):
 
 def load_strictly(module, state, path, name):
     """module.load_state_dict(state); where the two do not fit, BadInput says in what."""
-    own, got = ({key: tuple(value.shape) for key, value in tensors.items()}
-                for tensors in (module.state_dict(), state))
+    own = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    got = {key: tuple(value.shape) for key, value in state.items()}
     wrong = [key for key in sorted(own.keys() | got.keys()) if own.get(key) != got.get(key)]
     if wrong:
         first, absent = wrong[0], "absent"
@@ -1078,7 +1172,7 @@ def _train_toy_clip(name, path, steps=300, batch=128):
             truth |= {"x": rng.uniform(.15, .85), "y": rng.uniform(.15, .85),
                       "radius": rng.uniform(.1, .25)}
         place = (np.array([truth[key] for truth in truths]) for key in ("x", "y", "radius"))
-        stills = torch.from_numpy(draw_toys(truths, *place, 32)[0]).permute(0, 3, 1, 2) / 255
+        stills = torch.from_numpy(draw_toys(truths, *place, 32)).permute(0, 3, 1, 2) / 255
         image = clip.encode_image(TF.normalize(stills, clip.visual.image_mean,
                                                clip.visual.image_std), normalize=True)
         text = clip.encode_text(tokenizer(list(map(toy_caption, truths))), normalize=True)
@@ -1101,15 +1195,16 @@ PROMPTS = (  # ActionCLIP's 16 templates
 class FusionHead(nn.Module):
     """ActionCLIP's `Transf`: frame embeddings f (B, T, D) -> video embedding (B, D)
 
-        x = f + pos[0..T-1];  x = transformer(x), 6 pre-LN blocks, no mask;  out = mean_t(x + f)
+        z = transformer(f + p), p of T positions, 6 pre-LN blocks, no mask;  mean_t(z_t + f_t)
 
-    Names and shapes are those of the official checkpoints, and so is the init of .02. Beside frame
+    Names and shapes are those of the official checkpoints, and so is the init of .02. Next to frame
     embeddings that are not normalised, positions of that size are nearly nothing: from there the
     head sees the axis of a motion long before its direction, with the accuracy at one half. The toy
     CLIPs, narrow and soon trained, start from larger values (see build_action_clip).
 
-    token: a learned token with a position of its own goes in front of the frames. What becomes of
-    it, z_0 + mean_t f_t, and the output above are normalised and averaged (see deit_video.py).
+    token: a learned token with a position p_0 of its own stands before the frames, and what is
+    deployed is one vector of two read-outs. Equations (3) and (8) of deit_video.py are read() and
+    forward(): they stand here since every script can load such a head.
     """
 
     def __init__(self, width, heads, layers=6, std=.02, position_std=.02, token=False):
@@ -1125,15 +1220,28 @@ class FusionHead(nn.Module):
         self.token = nn.Parameter(position_std * torch.randn(width)) if token else None
         self.token_position = nn.Parameter(position_std * torch.randn(width)) if token else None
 
-    def forward(self, f):
+    def sequence(self, f):
+        """The transformer's input: f (B, T, D) -> (B, T, D), or (B, 1 + T, D) with the token"""
         B, T, D = f.shape
-        x = f + self.frame_position_embeddings.weight[:T]    # (B, T, D)
+        x = f + self.frame_position_embeddings.weight[:T]
         if self.token is None:
-            return (self.transformer(x) + f).mean(1)         # (B, D)
-        x = torch.cat([(self.token + self.token_position).expand(B, 1, D), x], 1)
-        z = self.transformer(x)                              # (B, 1 + T, D)
-        return (F.normalize(z[:, 0] + f.mean(1), dim=-1)
-                + F.normalize((z[:, 1:] + f).mean(1), dim=-1)) / 2
+            return x
+        return torch.cat([(self.token + self.token_position).expand(B, 1, D), x], 1)
+
+    def read(self, f):
+        """Both read-outs, eq. (3). f (B, T, D) -> h_token (B, D), or None without a token, and
+        h_frame (B, D)"""
+        z = self.transformer(self.sequence(f))                  # (B, T, D) or (B, 1 + T, D)
+        h_frame = (z[:, -f.shape[1]:] + f).mean(1)              # (B, D)                        (3)
+        if self.token is None:
+            return None, h_frame
+        return z[:, 0] + f.mean(1), h_frame                     # (B, D)                        (3)
+
+    def forward(self, f):
+        h_token, h_frame = self.read(f)
+        if h_token is None:
+            return h_frame
+        return (F.normalize(h_token, dim=-1) + F.normalize(h_frame, dim=-1)) / 2              # (8)
 
 
 class MeanHead(nn.Module):
@@ -1146,20 +1254,24 @@ class MeanHead(nn.Module):
 class ActionCLIP(nn.Module):
     """A CLIP and a fusion head: videos and texts -> embeddings of one space, not normalised.
 
-    size: side of the square frames; width: D. Pixels are normalised in here, each CLIP's own way.
+    name: of the backbone; frames: T of the checkpoint it came from, or None; size: side of the
+    square frames; side: shorter side that clips are decoded to, 256 for frames of 224; width: D.
+    Pixels are normalised in here, each CLIP's own way.
     """
 
-    def __init__(self, clip, tokenizer, fusion_layers=6, std=.02, position_std=.02, token=False):
+    def __init__(self, name, clip, tokenizer, fusion_layers=6, token=False):
         super().__init__()
-        self.clip, self.tokenizer = clip, tokenizer
+        self.name, self.clip, self.tokenizer, self.frames = name, clip, tokenizer, None
         self.size = int(np.max(clip.visual.image_size))
+        self.side = round(self.size * 8 / 7)
         with torch.no_grad():
             self.width = clip.encode_text(tokenizer([""]), normalize=False).shape[-1]
-        for name, value in (("mean", clip.visual.image_mean), ("std", clip.visual.image_std)):
-            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
+        for key, value in (("mean", clip.visual.image_mean), ("std", clip.visual.image_std)):
+            self.register_buffer(key, torch.tensor(value).view(3, 1, 1), persistent=False)
         norm = getattr(getattr(clip, "text", clip), "ln_final", None)  # as wide as the text tower
         heads = max(1, (self.width if norm is None else norm.weight.numel()) // 64)
         heads = heads if self.width % heads == 0 else max(1, self.width // 64)
+        std, position_std = (.1, .5) if name.startswith("toy-") else (.02, .02)
         self.fusion = FusionHead(self.width, heads, fusion_layers, std, position_std, token) \
             if fusion_layers else MeanHead()
         if getattr(clip, "logit_bias", None) is not None:
@@ -1181,27 +1293,69 @@ class ActionCLIP(nn.Module):
                  for part in tokens.flatten(0, -2).split(512)]
         return torch.cat(texts).unflatten(0, tokens.shape[:-1])
 
-    def prompts(self, classes):
-        """K class names -> token ids (16, K, L), template-major."""
-        return torch.stack([self.tokenizer([prompt.format(name) for name in classes])
-                            for prompt in PROMPTS])
+    def prompts(self, classes, templates=PROMPTS):
+        """K class names -> token ids (P, K, L), template-major, P = 16 templates"""
+        tokens = [self.tokenizer([template.format(name) for name in classes])
+                  for template in templates]
+        return torch.stack(tokens).to(self.mean.device)
+
+    @torch.no_grad()
+    def embed_classes(self, classes, templates=PROMPTS):
+        """K class names -> (P, K, D), computed once: deployed, the text tower does not run."""
+        return self.eval().encode_text(self.prompts(classes, templates)).float()
 
     def forward(self, video, tokens):
         """-> video (B, D), text (B, D), and the scale s = exp(logit_scale)"""
         return self.encode_video(video), self.encode_text(tokens), self.clip.logit_scale.exp()
 
+    def millions(self):
+        """Parameters in millions, without the word table (token embeddings) -> {"image", "text",
+        "fusion"}"""
+        sizes = {"image": 0., "text": 0., "fusion": 0.}
+        for name, weight in self.named_parameters():
+            part = "image" if ".visual." in name else \
+                "fusion" if name.startswith("fusion.") else "text"
+            if "token_embedding" not in name:
+                sizes[part] += weight.numel() / 1e6
+        return sizes
 
-def build_action_clip(spec, fusion_layers=6, cache="runs/cache", token=False):
+    @torch.no_grad()
+    def gmac(self, frames):
+        """Multiply-accumulates to embed a clip of T frames, in 1e9"""
+        video = torch.rand(1, frames, 3, self.size, self.size, device=self.mean.device)
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into fused layers
+        with FlopCounterMode(display=False) as counter:
+            self.eval().encode_video(video)
+        torch.backends.mha.set_fastpath_enabled(fused)
+        return counter.get_total_flops() / 2e9
+
+    def about(self, frames):
+        """What a checkpoint must say beside the weights, for build_action_clip"""
+        return {"backbone": self.name, "quick_gelu": self.clip.quick_gelu, "frames": frames}
+
+
+def build_action_clip(spec, fusion_layers=6, cache="runs/cache", token=False, checkpoint=None):
     """ActionCLIP on the backbone NAME[:WEIGHTS] (see build_clip); fusion_layers=0: MeanHead. Where
     WEIGHTS is an ActionCLIP checkpoint, its fusion head is loaded too, with the token if it has
-    one. Raises BadInput."""
+    one. checkpoint: such a file; ours name their own backbone and frames, the backbone of others is
+    that of spec. Raises BadInput."""
+    if checkpoint:
+        saved = read_weights(checkpoint)
+        if "fusion" not in saved:
+            raise BadInput(f"{checkpoint} holds no fusion head, so it is no ActionCLIP; a CLIP "
+                           f"alone is named NAME:{checkpoint}")
+        spec = f"{saved.get('backbone', spec.partition(':')[0])}:{checkpoint}"
     clip, tokenizer, saved = build_clip(spec, cache)
-    std, position_std = (.1, .5) if spec.startswith("toy-") else (.02, .02)
-    token = "token" in saved["fusion"] if "fusion" in saved else token
-    model = ActionCLIP(clip, tokenizer, fusion_layers, std, position_std, token)
-    if "fusion" in saved:
-        load_strictly(model.fusion, saved["fusion"], spec.partition(":")[2],
-                      f"a fusion head of {fusion_layers} layers")
+    name, _, path = spec.partition(":")
+    fusion = saved.get("fusion")
+    token = token if fusion is None else "token" in fusion
+    model = ActionCLIP(name, clip, tokenizer, fusion_layers, token)
+    if fusion is not None:
+        load_strictly(model.fusion, fusion, path, f"a fusion head of {fusion_layers} layers")
+        model.frames = saved.get("frames")
+        if model.frames not in (None, *range(1, 78)):
+            raise BadInput(f"{path} says that it has {model.frames} frames; 1 to 77 are possible")
     return model
 
 
@@ -1224,10 +1378,10 @@ def _toy_resnet():
 
 
 class ExitNet(nn.Module):
-    """The network of one modality, cut where its exits sit: behind layer1, 2 and 3 of a ResNet; its
-    own classifier is exit 4. mv and r start with a BatchNorm, i with ImageNet's mean and std.
+    """The network of one modality, with exits behind layer1, 2 and 3 of a ResNet; its own
+    classifier is exit 4. mv and r start with a BatchNorm, i with ImageNet's mean and std.
 
-    name: `toy` or any ResNet of torchvision (ResNeXt and Wide ResNet are such, too). imagenet:
+    name: `toy` or any ResNet of torchvision (ResNeXt and Wide ResNet, too). imagenet:
     torchvision's weights, but for the classifier and mv's first layer. Raises BadInput.
     """
 
@@ -1299,15 +1453,15 @@ def exit_heads(net, classes):
     """Exits 1 to 3 of an ExitNet, with the convolutions of the paper's code: for networks of basic
     blocks (ResNet-18) c to c, kernels 7, 3, 3; of bottlenecks (ResNet-50) 256 to 64, 512 to 256,
     1024 to 1024, kernels 3."""
-    last = [layer[-1] for layer in net.layers[:3]]
-    if hasattr(last[0], "conv3"):
-        sizes = [(block.conv3.out_channels, part, 3) for block, part in zip(last, (4, 2, 1),
-                                                                            strict=True)]
-        sizes = [(width, width // part, kernel) for width, part, kernel in sizes]
-    else:
-        sizes = [(block.conv2.out_channels,) * 2 + (kernel,) for block, kernel in zip(
-            last, (7, 3, 3), strict=True)]
-    return nn.ModuleList(ExitHead(*size, classes) for size in sizes)
+    heads = nn.ModuleList()
+    for k, layer in enumerate(net.layers[:3]):
+        if hasattr(layer[-1], "conv3"):
+            width = layer[-1].conv3.out_channels
+            heads.append(ExitHead(width, width // (4, 2, 1)[k], 3, classes))
+        else:
+            width = layer[-1].conv2.out_channels
+            heads.append(ExitHead(width, width, (7, 3, 3)[k], classes))
+    return heads
 
 
 def exit_logits(net, heads, x):

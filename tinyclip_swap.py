@@ -1,68 +1,58 @@
-"""Swap ActionCLIP's CLIP backbone for a TinyCLIP and see what it costs and what it buys.
+"""Swap ActionCLIP's CLIP for a TinyCLIP: what does it cost, and what does it buy?
 
 Technique 1 of Frans Huntink's master thesis, "Bridging the gap: Threefold knowledge distillation
 for language-enabled action recognition models operating in real-time scenarios" (Utrecht, 2024), on
 ActionCLIP (Wang, Xing, Liu 2021, arXiv 2109.08472) and TinyCLIP (Wu et al., ICCV 2023).
 
-The idea. ActionCLIP reads T frames with CLIP's image tower, mixes them with a small transformer and
-compares the result with the embedded sentence "a video of <action>". Nearly all of its cost is the
-image tower. TinyCLIP is CLIP distilled into a smaller CLIP: two towers and one space of meanings,
-as before. The distillation has been done, by others, on hundreds of millions of pictures: put the
-small towers in the place of the large ones and train on actions as always. Below, both are trained
-by the same steps on the same clips, tested on every test clip, and measured.
+ActionCLIP encodes T frames with CLIP's image tower, fuses them with a small transformer and
+compares the result with the embedding of a sentence, "a video of <action>". Nearly all of its cost
+is the image tower. TinyCLIP is CLIP distilled into a smaller CLIP, on 15 or 400 million images with
+captions: two towers and a joint space, as before. So put the small towers in place of the large
+ones and fine-tune on actions as usual. Here both are trained alike, tested on all clips, measured.
 
-ActionCLIP's loss, for B videos v, their texts t and labels y; s = exp(logit_scale):
-  (1) kl_pair       L = 1/2 [KL(G || softmax_rows(s v^ t^')) + KL(G || softmax_rows(s t^ v^'))],
-                    G = softmax_rows(10 [y_i = y_k]); KL summed over a row, mean over B; no tau
-Its rule of evaluation, with P = 16 sentences for each of K classes:
-  (2) class_scores  p(k) = 1/P sum_p softmax_k(100 v^ . t^_pk)
-With --recover affinity the small model also learns from the large one, by TinyCLIP's own loss:
-  (3) affinity_loss L = 1/2 [CE(A_t, A_s) + CE(A_t', A_s')], A = softmax_rows(scale v^ t^'), A' the
-                    same of t^ v^'; CE = -sum_k A_t log A_s, mean over B; it needs no labels
-x^ is x / |x|; B clips, T frames, K classes, D width: v, t (B, D); _s small model, _t large model.
-Find the loss in kl_pair, the rule in class_scores, the fusion head in common.py's FusionHead.
+B clips with labels y, video embeddings v and text embeddings t, (B, D); x^ = x / |x|; s is the
+learned scale exp(logit_scale); _s is the small model, _t the large one.
+  (1) kl_pair        L = 1/2 [KL(G || softmax_rows(s v^ t^')) + KL(G || softmax_rows(s t^ v^'))],
+                     G = softmax_rows(10 [y_i = y_k]); KL summed over a row, mean over B
+  (2) class_scores   p(k) = 1/P sum_p softmax_k(100 v^ . t^_pk), for P = 16 sentences per class;
+                     test clips get the class of the largest p, mean over their views
+  (3) affinity_loss  L = 1/2 [CE(A_t, A_s) + CE(A_t', A_s')], A = softmax_rows(scale v^ t^'), A' the
+                     same of t^ v^'; CE = -sum_k A_t log A_s, mean over B; it needs no labels
+Schedule: AdamW, lr 5e-6 (toys 4e-4), 10 lr for the fusion head, weight decay .2; linear warm-up in
+the first tenth of the steps, cosine to 0; 50 epochs (toys 6), batch 32. All weights are trained.
 
   python tinyclip_swap.py                              toy clips, 2 minutes on 2 CPU cores
   python tinyclip_swap.py --recover affinity           a third arm: small + eq. (3)
+  python tinyclip_swap.py --unseen 4                   four classes held out of training, and tested
   python tinyclip_swap.py --data HMDB51 --large ViT-B-32:openai --batch-size 64 \\
       --small TinyCLIP-ViT-40M-32-Text-19M:TinyCLIP-ViT-40M-32-Text-19M-LAION400M.pt
   python tinyclip_swap.py --data HMDB51 --large ViT-B-32 --eval-only vit-b-32-8f.pt
-  python tinyclip_swap.py --unseen 4                   four classes held out of training, and tested
   python tinyclip_swap.py --watch my.mp4 --large ViT-B-32:openai --labels "waving, a dog jumping"
 
-The plain command printed (2 cores of an x86_64 CPU, torch 2.15.0, caches included):
+The plain command printed (2 cores of an x86_64 CPU, torch 2.15.0):
 RESULT tinyclip_swap data=toy split=1 seed=0 large=0.9800 small=0.9367 gmac_ratio=0.482 seconds=106
 
-Differs from the papers and from the code of ActionCLIP (sallymmx/ActionCLIP @31c34df):
- 1. fp32 weights, bf16 autocast on CUDA; theirs are fp16, where a step of 5e-6 moves about half of
-    the weights. Their learning rate, our default for real CLIPs, is a start and not a match.
- 2. Segments are jittered in training (their HMDB and UCF settings lack the switch); colour jitter
-    is drawn once per clip (theirs per frame); crops lie anywhere (theirs in 13 places).
- 3. No weight decay on norms, biases, embeddings and scales; logit_scale is clamped at ln 100;
-    gradients are clipped at norm 1; warm-up takes the first tenth of the steps.
- 4. The last epoch is reported and every test clip counts; theirs: the best epoch on the test list,
-    without its last batch.
- 5. The thesis gives no weight of eq. (3) on action clips: here 1, beside eq. (1). The large model's
-    scale is 50, as in TinyCLIP.
- 6. With toy CLIPs the fusion head starts larger (FusionHead says why) and crops are milder.
+Differs from ActionCLIP's code (sallymmx/ActionCLIP @31c34df): fp32 weights with bf16 autocast, not
+fp16; frames are drawn at random in their segments; colour jitter is drawn once per clip; no weight
+decay on norms, biases, embeddings and scales; logit_scale is at most ln 100; gradients are clipped
+at norm 1; the last epoch is reported, not the best; class names are words (its list of UCF101 has
+ApplyEyeMakeup: --eval-only of its checkpoints uses these). From Text4Vis's dense test: it averages
+features over views, not probabilities. From TinyCLIP: eq. (3) has weight 1 beside eq. (1); the
+large model's scale is 50 as there, the small one's is learned.
 """
 import argparse
 import collections
-import contextlib
-import ctypes
 import functools
-import itertools
 import json
 import math
 import os
 import platform
 import queue
-import re
 import subprocess
 import sys
 import threading
 import time
-from fractions import Fraction
+import timeit
 from pathlib import Path
 
 import av
@@ -71,35 +61,23 @@ import open_clip
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
-from open_clip.transformer import ResidualAttentionBlock
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
-from torch.utils.flop_counter import FlopCounterMode
+from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
-from common import (
-    BadInput,
-    BadVideo,
-    Clips,
-    augment,
-    build_action_clip,
-    centre_crop,
-    clip_loader,
-    mirrors,
-    note_bad,
-    open_video,
-    read_data,
-    read_weights,
-    split_unseen,
-    to_picture,
-)
+import common
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if GPU else torch.device("cpu")
+AFFINITY_WEIGHT, SCALE_T = 1., 50.  # of eq. (3)
+PEAK = 989e12  # dense bf16 operations per second of an H100 or H200
 
 # ---- the method: eqs. (1)-(3) --------------------------------------------------------------------
 
 
 def kl_pair(video, text, labels, scale):
-    """ActionCLIP's loss, eq. (1): texts of the same class are equally right. -> scalar"""
-    B, D = video.shape
+    """ActionCLIP's loss, eq. (1): all texts of the same class are positives. -> scalar"""
     v, t = F.normalize(video, dim=-1), F.normalize(text, dim=-1)                # (B, D)
     logits = scale * v @ t.T                                                    # (B, B)
     G = (10 * (labels[:, None] == labels).to(logits)).softmax(1)                # (B, B)
@@ -109,7 +87,6 @@ def kl_pair(video, text, labels, scale):
 
 def class_scores(video, text):
     """The rule of evaluation, eq. (2). video (B, D), text (16, K, D) -> probabilities (B, K)"""
-    (B, D), (P, K, _) = video.shape, text.shape
     v, t = F.normalize(video, dim=-1), F.normalize(text, dim=-1)
     logits = 100 * torch.einsum("bd,pkd->bpk", v, t)                            # (B, P, K)
     return logits.softmax(-1).mean(1)                                           # (B, K)        (2)
@@ -117,806 +94,483 @@ def class_scores(video, text):
 
 def affinity_loss(video_s, text_s, video_t, text_t, scale_s, scale_t):
     """TinyCLIP's affinity mimicking, eq. (3). video_*, text_* (B, D_*) -> scalar"""
-    B, D = video_s.shape
     v_s, t_s, v_t, t_t = (F.normalize(x, dim=-1) for x in (video_s, text_s, video_t, text_t))
     logits_s, logits_t = scale_s * v_s @ t_s.T, scale_t * v_t @ t_t.T           # (B, B)
     return (F.cross_entropy(logits_s, logits_t.softmax(1))                      # (3), v to t
             + F.cross_entropy(logits_s.T, logits_t.T.softmax(1))) / 2           # (3), t to v
 
 
-# ---- the rest is plumbing: training, testing, measuring, keeping record --------------------------
+# ---- the rest is plumbing: training --------------------------------------------------------------
 
-AFFINITY_WEIGHT, SCALE_T = 1., 50.
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "RTX 4090": 165}  # dense bf16
-
-
-class Gather(torch.autograd.Function):
-    """(B/W, ...) in each of W processes -> (B, ...) in all: in-batch losses see the global batch.
-    Each process computes the whole loss, so gradients are summed here, and DDP divides by W."""
-
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+autocast = functools.partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=GPU)
 
 
 def gather(x):
-    return Gather.apply(x) if dist.is_initialized() else x
-
-
-def autocast(device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """(B/W, ...) in each of W processes -> (B, ...) in all: the loss sees the global batch."""
+    if WORLD == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(WORLD)]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[RANK] = x  # gradients reach this process's own part, ...
+    if x.requires_grad:
+        x.register_hook(lambda gradient: WORLD * gradient)  # ... and DDP divides them by W
+    return torch.cat(parts)
 
 
 def make_optimizer(model, lr, steps):
-    """AdamW and schedule as in ActionCLIP: CLIP's towers at lr, what is new beside them at 10 lr;
-    linear warm-up, then cosine to 0. No decay on norms, biases, embeddings and scales."""
-    groups = {}
+    """AdamW as in ActionCLIP: CLIP's towers at lr, newly initialised layers at 10 lr; linear
+    warm-up, then cosine to 0. No decay on norms, biases, embeddings and scales."""
+    groups = collections.defaultdict(list)
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             decay = .2 if weight.ndim > 1 and "embedding" not in name else 0.
-            rate = lr if "clip." in name else 10 * lr
-            groups.setdefault((rate, decay), []).append(weight)
+            groups[lr if "clip." in name else 10 * lr, decay].append(weight)
     optimizer = torch.optim.AdamW([{"params": weights, "lr": rate, "weight_decay": decay}
                                    for (rate, decay), weights in groups.items()],
-                                  betas=(.9, .98), eps=1e-8, fused=True)
+                                  betas=(.9, .98), fused=True)
     warm = max(1, steps // 10)
     return optimizer, SequentialLR(optimizer, [
         LinearLR(optimizer, 1 / warm, total_iters=warm),
         CosineAnnealingLR(optimizer, max(1, steps - warm))], [warm])
 
 
-def save(state, path):
-    """Write a checkpoint under another name and rename it: a kill leaves the old one or the new."""
-    torch.save(state, f"{path}.part")
+def settings(args, data):
+    """What a run may not change when it is resumed"""
+    free = ("resume", "workers", "out")
+    return {"data_digest": data.digest(),
+            **{key: value for key, value in vars(args).items() if key not in free}}
+
+
+def save(path, flags, about, rows, parts):
+    """Write the state of `parts`, {name: module or optimizer}, and rename the file into place: a
+    kill leaves the old checkpoint or the new one."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    torch.save({**about, **state, "rows": rows, "flags": flags}, f"{path}.part")
     os.replace(f"{path}.part", path)
 
 
-def train(arm, model, large, data, args, place, run, log, bad):
-    """Train one arm by eq. (1), and by eq. (3) where `large` is given. Keeps RUN/ARM-last.pt; adds
-    a row per epoch to `log`, and to `bad` {path: reason} clips that could not be decoded."""
-    device, rank, world = place
-    toy = args.arms[arm].startswith("toy-")
-    clips = Clips(data.train, args.frames, side(model), args.sampling, train=True, seed=args.seed)
-    batch_size = min(args.batch_size, len(clips)) // world * world
-    loader = clip_loader(clips, batch_size, args.workers, rank, world)
-    optimizer, schedule = make_optimizer(model, args.lr or (4e-4 if toy else 5e-6),
-                                         args.epochs * len(loader))
-    path = run / f"{arm}-last.pt"
+def resume(path, flags, parts):
+    """Load what a killed run has left there -> its rows of the log. Raises BadInput where its flags
+    or data were others."""
+    saved = torch.load(path, map_location=DEVICE, weights_only=True)
+    other = [f"{key} {value}, now {flags.get(key)}" for key, value in saved["flags"].items()
+             if flags.get(key) != value]
+    if other:
+        raise common.BadInput(f"--resume: the run of {path} had {'; '.join(other)}")
+    for name, part in parts.items():
+        if name in saved:  # a finished run has left no optimizer
+            part.load_state_dict(saved[name])
+    return saved["rows"]
+
+
+def train(arm, model, large, data, args, run, log):
+    """Train one arm by eq. (1), and by eq. (3) where `large` is given. After each epoch, add a row
+    to `log` and write RUN/ARM-last.pt, from which --resume goes on."""
+    clips = common.Clips(data.train, args.frames, model.side, args.sampling, train=True,
+                         seed=args.seed)
+    loader = common.ClipLoader(clips, args.batch_size, args.workers, RANK, WORLD, data.bad)
+    lr = args.lr or (4e-4 if model.name.startswith("toy-") else 5e-6)
+    optimizer, schedule = make_optimizer(model, lr, args.epochs * len(loader))
+    parts = {"model_state_dict": model.clip, "fusion_model_state_dict": model.fusion,
+             "optimizer": optimizer, "schedule": schedule}
+    path, flags, rows = run / f"{arm}-last.pt", settings(args, data), []
     if args.resume and path.exists():
-        saved = torch.load(path, map_location=device, weights_only=True)
-        model.clip.load_state_dict(saved["model_state_dict"])
-        model.fusion.load_state_dict(saved["fusion_model_state_dict"])
-        log += saved["rows"]
-        if len(saved["rows"]) < args.epochs:
-            optimizer.load_state_dict(saved["optimizer_state"])
-            schedule.load_state_dict(saved["schedule_state"])
-            torch.set_rng_state(saved["rng_state"].cpu())
-    wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    prompts = model.prompts(data.classes).to(device)                            # (16, K, L)
-    prompts_t = large.prompts(data.classes).to(device) if large else None       # (16, K, L_t)
-    mirror = mirrors(data.classes)
-    for epoch in range(sum(row["arm"] == arm for row in log), args.epochs):
-        loader.batch_sampler.epoch, began = epoch, time.time()
-        sums, gpu = torch.zeros(3, device=device), device.type == "cuda"
-        if gpu:
-            torch.cuda.reset_peak_memory_stats()
+        rows = resume(path, flags, parts)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+    prompts = model.prompts(data.classes)                                       # (16, K, L)
+    prompts_t = large.prompts(data.classes) if large else None                  # (16, K, L_t)
+    mirror = common.mirrors(data.classes)
+    if large:
+        large.eval()  # frozen: it runs without gradients
+
+    for epoch in range(len(rows), args.epochs):
+        began, sums = time.time(), torch.zeros(2, device=DEVICE)
+        loader.order.epoch = epoch
         model.train()
         for batch in tqdm(loader, f"{arm} {epoch + 1}/{args.epochs}", leave=False, disable=None):
-            note_bad(bad, batch, clips)
+            labels = gather(torch.tensor(batch.label, device=DEVICE))           # (B,)
             draws = [np.random.default_rng([args.seed, *key, 1]).integers(16) for key in batch.key]
-            labels = gather(torch.tensor(batch.label, device=device))           # (B,)
-            with autocast(device):
-                v, t, scale = wrapped(view(batch, model.size, mirror, toy, args.seed, device),
-                                      prompts[draws, batch.label])
+            with autocast():
+                view = common.training_view(batch, model.size, mirror, args.seed, DEVICE)
+                v, t, scale = wrapped(view, prompts[draws, batch.label])
             v, t = gather(v.float()), gather(t.float())                         # (B, D)
-            loss = pair = kl_pair(v, t, labels, scale)
-            affinity = agree = torch.zeros((), device=device)
+            pair, affinity = kl_pair(v, t, labels, scale), torch.zeros((), device=DEVICE)
             if large:
-                with torch.no_grad(), autocast(device):
-                    v_t, t_t, _ = large(view(batch, large.size, mirror, toy, args.seed, device),
-                                        prompts_t[draws, batch.label])
+                with torch.no_grad(), autocast():
+                    view = common.training_view(batch, large.size, mirror, args.seed, DEVICE)
+                    v_t, t_t, _ = large(view, prompts_t[draws, batch.label])
                 v_t, t_t = gather(v_t.float()), gather(t_t.float())             # (B, D_t)
                 affinity = affinity_loss(v, t, v_t, t_t, scale, SCALE_T)
-                loss = pair + AFFINITY_WEIGHT * affinity
-                agree = (class_scores(v, t[None]).argmax(1)
-                         == class_scores(v_t, t_t[None]).argmax(1)).float().mean()
-            loss.backward()
+            (pair + AFFINITY_WEIGHT * affinity).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
             with torch.no_grad():
                 model.clip.logit_scale.clamp_(max=math.log(100))
-                sums += torch.stack([pair, affinity, agree]) / len(loader)
-        log.append({"arm": arm, "epoch": epoch + 1,
-                    **dict(zip(("kl_pair", "affinity", "agreement"), sums.tolist(), strict=True)),
-                    "clips_per_s": len(loader) * batch_size / (time.time() - began),
-                    "peak_mb": torch.cuda.max_memory_allocated() / 1e6 if gpu else None})
-        if rank:
-            continue
-        print("{arm:15} epoch {epoch:3}  kl_pair {kl_pair:7.4f}".format(**log[-1])
-              + ("  affinity {affinity:7.4f}  agreement {agreement:.3f}".format(**log[-1])
-                 if large else "") + f"  {log[-1]['clips_per_s']:7.1f} clips/s", flush=True)
-        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-        done = epoch + 1 == args.epochs
-        save({"model_state_dict": model.clip.state_dict(), "frames": args.frames,
-              "fusion_model_state_dict": model.fusion.state_dict(),
-              "quick_gelu": model.clip.quick_gelu, "backbone": args.arms[arm].partition(":")[0],
-              "rows": [row for row in log if row["arm"] == arm], "rng_state": torch.get_rng_state(),
-              "optimizer_state": None if done else optimizer.state_dict(),
-              "schedule_state": None if done else schedule.state_dict()}, path)
+                sums += torch.stack([pair, affinity]) / len(loader)
+        if epoch + 1 == args.epochs:
+            del parts["optimizer"], parts["schedule"]
+        rows.append({"arm": arm, "epoch": epoch + 1, "kl_pair": sums[0].item(),
+                     "affinity": sums[1].item(),
+                     "clips_per_s": len(loader) * loader.order.batch / (time.time() - began)})
+        if RANK == 0:
+            print("{arm:15} epoch {epoch:3}  kl_pair {kl_pair:7.4f}  affinity {affinity:7.4f}  "
+                  "{clips_per_s:7.1f} clips/s".format(**rows[-1]), flush=True)
+            save(path, flags, model.about(args.frames), rows, parts)
+    log += rows
 
 
-def view(batch, size, mirror, toy, seed, device):
-    """The training crops of a batch, (B, T, 3, size, size): the same draws at any size."""
-    videos = [video.to(device, non_blocking=True) for video in batch.video]
-    rngs = [np.random.default_rng([seed, *key, 2]) for key in batch.key]
-    return augment(videos, size, rngs, [mirror[label] for label in batch.label],
-                   (1, .875) if toy else (1, .875, .75, .66))
+# ---- testing and measuring -----------------------------------------------------------------------
 
 
-def side(model):
-    """Shorter side that clips are decoded to: 256 pixels for a network that sees 224."""
-    return round(model.size * 8 / 7)
-
-
-def embed_classes(model, classes, device):
-    """-> (16, K, D), computed once and kept: deployed, the text tower does not run at all."""
-    with torch.no_grad(), autocast(device):
-        return model.encode_text(model.prompts(classes).to(device)).float()
-
-
-def infer(model, videos, text, views, device):
-    """Videos (B, V*T, 3, S, S) in 0..1, texts (16, K, D) -> (B, K), mean over V windows."""
-    with torch.no_grad(), autocast(device):
-        v = model.encode_video(videos.unflatten(1, (views, -1)).flatten(0, 1)).float()  # (B*V, D)
+@torch.no_grad()
+def classify(model, videos, text, views=1):
+    """videos: a list of V*T uint8 frames each; text (16, K, D) -> probabilities (B, K), the mean
+    over V views"""
+    pixels = common.centre_crop([video.to(DEVICE) for video in videos], model.size)
+    with autocast():
+        v = model.encode_video(pixels.unflatten(1, (views, -1)).flatten(0, 1)).float()  # (B*V, D)
     return class_scores(v, text).unflatten(0, (-1, views)).mean(1)
 
 
-def evaluate(model, data, args, place, bad):
-    """Test on every clip; one that cannot be decoded goes into `bad` and counts as wrong.
-
-    -> numbers, and {index: class said} of this process's clips
-    """
-    device, rank, world = place
-    model.eval()
-    text, said = embed_classes(model, data.classes, device), {}
-    hits = torch.zeros(3, device=device)  # first, among the first five, clips
-    clips = Clips(data.test, args.frames, side(model), args.sampling, args.views)
-    loader = clip_loader(clips, args.batch_size, args.workers, rank, world)
+def evaluate(model, data, args):
+    """Test on every clip. -> top-1, top-5, {index: class} of the clips that this process tested"""
+    text, said = model.embed_classes(data.classes), {}                          # (16, K, D)
+    hits = torch.zeros(2, device=DEVICE)  # first, among the first five
+    clips = common.Clips(data.test, args.frames, model.side, args.sampling, args.views)
+    loader = common.ClipLoader(clips, args.batch_size, args.workers, RANK, WORLD, data.bad)
     for batch in tqdm(loader, "test", leave=False, disable=None):
-        note_bad(bad, batch, clips)
-        hits[2] += len(batch.label)
-        held = [i for i, video in enumerate(batch.video) if video is not None]
-        if held:
-            videos = centre_crop([batch.video[i].to(device) for i in held], model.size)
-            top = infer(model, videos, text, args.views, device).topk(min(5, len(data.classes)))
-            labels = torch.tensor([batch.label[i] for i in held], device=device)
-            right = top.indices == labels[:, None]
-            hits[:2] += torch.stack([right[:, 0].sum(), right.sum()])
-            said |= {batch.key[i][1]: int(k) for i, k in zip(held, top.indices[:, 0], strict=True)}
-    if world > 1:
+        top = classify(model, batch.video, text, args.views).topk(min(5, len(data.classes))).indices
+        right = top == torch.tensor(batch.label, device=DEVICE)[:, None]        # (B, 5)
+        hits += torch.stack([right[:, 0].sum(), right.sum()])
+        said |= dict(zip([i for _, i in batch.key], top[:, 0].tolist(), strict=True))
+    if WORLD > 1:
         dist.all_reduce(hits)
-    top1, top5, count = hits.tolist()
-    return {"top1": top1 / count, "top5": top5 / count, "clips": int(count)}, said
+    top1, top5 = (hits / len(clips)).tolist()
+    return top1, top5, said
 
 
-def count_operations(model, args, device):
-    """-> GMAC to classify a clip, and GFLOP to train on one (forward, backward, its text)."""
-    video = torch.rand(1, args.frames, 3, model.size, model.size, device=device)
-    tokens = model.prompts(["running"])[0].to(device)
-    with FlopCounterMode(display=False) as inference:  # with gradients: fused kernels hide theirs
-        model.eval().encode_video(video)
-    with FlopCounterMode(display=False) as training:
-        sum(x.sum() for x in model(video, tokens[:1])).backward()
-    model.zero_grad()
-    return inference.get_total_flops() / 2e9 * args.views, training.get_total_flops() / 1e9
-
-
-def median_ms(function, device):
-    """Median time of a call in ms, of 20 calls or a second's worth, after 3 to warm up; on a GPU by
-    CUDA's own events."""
-    times, began = [], time.perf_counter()
-    while len(times) < 23 or (time.perf_counter() - began < 1 and len(times) < 500):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            function()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            start = time.perf_counter()
-            function()
-            times.append((time.perf_counter() - start) * 1e3)
-    return float(np.median(times[3:]))
-
-
-def peak_mb(function, device):
-    """MB that a call needs beyond what is there before it: by CUDA's allocator; on Linux the growth
-    of the resident set; elsewhere not a number."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+def milliseconds(function):
+    """Median time of a call whose result comes to the CPU, so that a GPU has finished"""
+    for _ in range(3):
         function()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    if not os.access("/proc/self/clear_refs", os.W_OK):
-        return math.nan
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    kb = dict(re.findall(r"(VmRSS|VmHWM):\s+(\d+)", Path("/proc/self/status").read_text()))
-    function()
-    peak = dict(re.findall(r"(VmRSS|VmHWM):\s+(\d+)", Path("/proc/self/status").read_text()))
-    return (int(peak["VmHWM"]) - int(kb["VmRSS"])) / 1e3
+    return 1e3 * float(np.median(timeit.repeat(function, repeat=20, number=1)))
 
 
-def measure(model, data, args, device):
-    """What a clip costs: parameters in millions, ms, clips/s, MB. Texts are cached."""
-    numbers = {"image": 0, "text": 0, "fusion": 0, "words": 0}
-    for name, weight in model.named_parameters():
-        part = "image" if ".visual." in name else "fusion" if name.startswith("fusion.") else \
-            "words" if "token_embedding" in name else "text"
-        numbers[part] += weight.numel() / 1e6
-    text = embed_classes(model.eval(), data.classes, device)
-    batch = 32 if device.type == "cuda" else 4
-    one, many = (torch.rand(B, args.views * args.frames, 3, model.size, model.size, device=device)
-                 for B in (1, batch))
-    clips = Clips(data.test, args.frames, side(model), args.sampling, args.views)
-    held = [i for i in range(min(20, len(clips))) if clips[0, i].video is not None]
-    turn = itertools.cycle(held)
-
-    def classify(videos):
-        return infer(model, videos, text, args.views, device)
-
-    def decode_too():
-        return classify(centre_crop([clips[0, next(turn)].video.to(device)], model.size)).cpu()
-
-    peak = peak_mb(lambda: classify(many), device)
-    weights = sum(w.numel() * w.element_size() for w in model.parameters()) / 1e6
-    return {**numbers, "batch": batch, "ms": median_ms(lambda: classify(one), device),
-            "ms_decode": median_ms(decode_too, device) if held else math.nan,
-            "clips_per_s": batch * 1e3 / median_ms(lambda: classify(many), device),
-            "peak_mb": weights + peak}
+def measure(model, data, args):
+    """What a clip costs, texts cached: parameters in millions, GMAC, ms without and with decoding,
+    clips/s of a batch"""
+    text, T = model.embed_classes(data.classes), args.frames * args.views
+    clips = common.Clips(data.test, args.frames, model.side, args.sampling, args.views)
+    many = torch.randint(256, (32 if GPU else 4, T, 3, model.size, model.size)).byte()
+    size = sum(model.millions().values())
+    return {"M": size, "GMAC": model.gmac(args.frames) * args.views,
+            "ms": milliseconds(lambda: classify(model, many[:1], text, args.views).cpu()),
+            "+decode": milliseconds(lambda: classify(model, [clips[0, 0].video], text,
+                                                     args.views).cpu()),
+            "clips/s": 1e3 * len(many) / milliseconds(lambda: classify(model, many, text,
+                                                                       args.views).cpu())}
 
 
-def draw_sheet(data, answers, args, path):
-    """Contact sheet: eight test clips as a network sees them, the truth, and what each arm said."""
-    some, rows = sorted(set.intersection(*map(set, answers.values()))), []
-    clips = Clips(data.test, args.frames, 128, args.sampling)
-    for i in some[::max(1, len(some) // 8)][:8]:
-        truth = data.test[i][1]
-        row = torchvision.utils.make_grid(centre_crop([clips[0, i].video], 128)[0], args.frames)
-        row = F.pad(row.mul(255).byte(), (2, 2, 14, 2))
-        label = "   ".join(f"{arm}: {data.classes[said[i]]}" for arm, said in answers.items())
-        rows.append(torchvision.utils.draw_bounding_boxes(
-            row, torch.tensor([[1, 1, row.shape[2] - 2, row.shape[1] - 2]]),
-            [f"truth: {data.classes[truth]}   {label}"],
-            "lime" if all(said[i] == truth for said in answers.values()) else "red"))
-    if rows:
-        torchvision.io.write_png(torch.cat(rows, 1), str(path))
+def table(rows):
+    """Dicts with the same keys -> aligned text"""
+    lines = [list(rows[0])]
+    for row in rows:
+        lines.append([f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
 
-def table(results):
-    """The arms as text, a row each, then what the small ones are of the large one."""
-    first, big = next(iter(results.values())), results.get("large")
-    lines = [f"{'arm':15} {'backbone':28} {'image/text/fusion M':>19} {'GMAC':>8} {'ms':>8} "
-             f"{'+decode':>8} {'clips/s':>8} {'MB':>7} {'top-1':>6} {'top-5':>6}"]
-    for arm, r in results.items():
-        sizes = f"{r['image']:.2f}/{r['text']:.2f}/{r['fusion']:.2f}"
-        lines.append(f"{arm:15} {r['backbone']:28} {sizes:>19} {r['gmac']:8.3f} {r['ms']:8.2f} "
-                     f"{r['ms_decode']:8.2f} {r['clips_per_s']:8.1f} {r['peak_mb']:7.1f} "
-                     f"{r['top1']:6.3f} {r['top5']:6.3f}")
-    lines.append(f"Per clip: GMAC, ms at batch 1, ms with decoding; clips/s and peak MB at batch "
-                 f"{first['batch']}. Texts cached; text parameters without the word table. "
-                 f"{first['clips']} test clips.")
-    for arm, r in results.items() if big else ():
-        if arm != "large":
-            size = [sum(x[part] for part in ("image", "text", "fusion")) for x in (r, big)]
-            lines.append(f"{arm} / large: parameters x{size[0] / size[1]:.2f}, "
-                         + ", ".join(f"{key} x{r[key] / big[key]:.2f}" for key in
-                                     ("gmac", "ms", "ms_decode", "clips_per_s", "peak_mb"))
-                         + f", top-1 {100 * (r['top1'] - big['top1']):+.1f} points")
-    lines.append("Time follows tokens as much as parameters: a frame of 224 pixels is 196 tokens "
-                 "at patch 16,\n49 at patch 32; on a CPU TinyCLIP-ViT-8M-16 is no faster than "
-                 "40M-32.")
-    return "\n".join(lines)
-
-
-def table_unseen(results, opened):
-    """--unseen: top-1 with chance beside it, before training (CLIP's zero-shot) and after."""
-    groups = {"seen": len(opened["unseen_all"].classes) - len(opened["unseen"].classes),
-              "unseen": len(opened["unseen"].classes),
-              "unseen_all": len(opened["unseen_all"].classes)}
-    lines = [f"{'top-1, after (before) training':32} {'seen':>14} {'unseen':>14} {'of all':>14}",
-             f"{'chance':32} " + " ".join(f"{1 / count:7.3f}       " for count in groups.values())]
-    for arm, r in results.items():
-        cells = [f"{r['top1' if group == 'seen' else group]:7.3f}"
-                 + (f" ({r['before'][group]:.3f})" if r["before"] else " " * 8) for group in groups]
-        lines.append(f"{arm:15} {r['backbone']:16} " + " ".join(f"{cell:14}" for cell in cells))
-    return "\n".join([*lines, f"seen: clips of the {groups['seen']} trained classes, told among "
-                      f"these; unseen: clips of the {groups['unseen']} held out, among\nthese; of "
-                      f"all: the same clips among all {groups['unseen_all']} classes."])
-
-
-def start_record(args, run):
-    """What run.json says from the start: flags, versions, machine. With --resume the flags must be
-    those of the run before. Raises BadInput."""
-    flags = {k: v for k, v in vars(args).items() if k not in ("resume", "workers", "out", "target")}
-    if args.resume:
-        if not (run / "run.json").exists():
-            raise BadInput(f"--resume: there is no run in {run}; start one without --resume")
-        before = json.loads((run / "run.json").read_text())["flags"]
-        other = [f"--{k.replace('_', '-')} {before.get(k)}, now {v}" for k, v in flags.items()
-                 if before.get(k) != v]
-        if other:
-            raise BadInput(f"--resume: the run in {run} had {'; '.join(other)}")
+def write_record(path, args, data, results, seconds):
+    """run.json: flags, versions, machine and numbers"""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
                             capture_output=True, text=True).stdout.strip()
-    modules = (torch, torchvision, open_clip, av, np)
-    return {"argv": sys.argv[1:], "flags": flags, "commit": commit, "machine": machine(),
-            "python": platform.python_version(),
-            "versions": {module.__name__: module.__version__ for module in modules}}
+    versions = {module.__name__: module.__version__ for module in (torch, open_clip, av, np)}
+    record = {"argv": sys.argv[1:], "flags": vars(args), "commit": commit, "versions": versions,
+              "machine": machine(), "classes": data.classes, "bad": data.bad, "notes": data.notes(),
+              "results": results, "seconds": seconds}
+    path.with_suffix(".part").write_text(json.dumps(record, indent=1))
+    os.replace(path.with_suffix(".part"), path)
 
 
 def machine():
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else \
-        f"{platform.machine()} CPU with {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU"
 
 
-# ---- real time (--watch): who came for the swap may go on at parse(), the flags ------------------
-# On a stream a class is wanted after every frame. encode_video would read the last T frames anew
-# each time; here a frame is read once, when it comes, and its embedding waits in a ring of T.
+# ---- live: --watch. If you only care about the swap, skip to parse() -----------------------------
+# A stream needs a label after every frame. Encoding the last T frames each time would encode each
+# frame T times: here its embedding is kept, and a new frame costs one image pass and one fusion.
+
+STALL = 10  # seconds without a frame that end the stream
 
 
+@torch.no_grad()
 def stream_step(model, ring, frame, text):
-    """A new frame costs one image pass and one fusion pass instead of T image passes: 68 ms instead
-    of 354 with TinyCLIP-ViT-40M-32, T = 8, on one CPU core (tests/bench.py).
-
-    ring: deque of the last T embeddings (1, D), oldest first, which takes in that of frame (1, 1,
-    3, S, S); at the start the first frame stands for all before it. text (16, K, D) -> (K,)"""
-    with torch.no_grad(), autocast(frame.device):
-        f = model.encode_frames(frame)[:, 0]                                    # (1, D)
+    """ring: deque of the last T frame embeddings, oldest first, which takes in that of `frame`,
+    uint8 (3, H, W); until T frames have arrived, the first one is repeated. text (16, K, D)
+    -> probabilities (K,)"""
+    pixels = common.centre_crop([frame[None].to(DEVICE)], model.size)           # (1, 1, 3, S, S)
+    with autocast():
+        f = model.encode_frames(pixels)[:, 0]                                   # (1, D)
         ring.extend([f] * (1 if ring else ring.maxlen))
         v = model.fusion(torch.stack(tuple(ring), 1)).float()                   # (1, D)
     return class_scores(v, text)[0]
 
 
-def read_stream(source):
-    """Decode a file, an address, a camera or `-`, standard input -> yields (seconds since the first
-    frame, frame). Where timestamps lack or jump, a frame counts as one of the stated rate. A packet
-    that cannot be decoded yields None for the frame. Raises BadVideo."""
-    driver = re.fullmatch(r"(avfoundation|dshow|lavfi|v4l2):(.+)", source)
-    path, form = driver.group(2, 1) if driver else ("pipe:0" if source == "-" else source, None)
-    if path.startswith("/dev/video"):
-        form = "v4l2"
-    more = {"framerate": "30"} if form == "avfoundation" else {}  # its default suits few cameras
-    with open_video(path, format=form, options=more) as (container, stream):
-        t, before, packets = None, None, 0
-        for packet in container.demux(stream):
-            packets += packet.size > 0
-            if container.format.name == "avi" and packet.dts is not None:
-                packets = packet.dts + 1  # an AVI counts the frames that were left out, too
-            try:
-                frames = packet.decode()
-            except av.error.InvalidDataError:
-                frames = [None]
-            for frame in frames:
-                if frame is not None:
-                    passed = frame.time - before if None not in (frame.time, before) else 0
-                    if not 0 < passed < 10:
-                        passed = 1 / float(stream.guessed_rate or 25)
-                    t, before = 0. if t is None else t + passed, frame.time
-                yield t, frame
-        # what a file says of its video tells whether it was cut off; Matroska gives the duration
-        if stream.frames - packets > 2:
-            raise BadVideo(source, f"it has {packets} of the {stream.frames} frames it declares")
-        said = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))
-        if said and t is not None:
-            length = sum(float(x) * 60 ** k for k, x in enumerate(said.groups()[::-1]))
-            if t + passed < .9 * length - 1:
-                raise BadVideo(source, f"it has {t + passed:.1f} of the {length:.1f} seconds it "
-                                       "declares")
+def read_into(frames, source):
+    """Fill a queue with the frames of a stream; the last item says what ended it. Runs in a thread,
+    since a read may block forever."""
+    try:
+        for item in common.read_stream(source):
+            frames.put(item)
+        frames.put("end of the stream")
+    except common.BadVideo as error:
+        frames.put(error.reason)
 
 
-class Reader(threading.Thread):
-    """Reads the stream beside the networks and keeps its clock: a file's frames wait for their time
-    as a camera's do. The newest sampled frame waits in .slot: (seconds, when it was decoded,
-    picture). One that finds another there takes its place, and that one is dropped. With --no-drop
-    nothing waits for the clock, and the stream waits for the networks. What ended it comes last:
-    "" for its end, else what went wrong. .counts: frames read, skipped, dropped; damaged packets.
-    """
-
-    def __init__(self, args, side, out):
-        super().__init__(daemon=True)  # a read that never returns must not keep the program
-        self.args, self.side, self.out, self.label = args, side, out, ""
-        self.slot, self.counts, self.stop = queue.Queue(1), collections.Counter(), threading.Event()
-        self.writing, self.late, self.seen = threading.Lock(), 0., time.perf_counter()
-
-    def run(self):
-        try:
-            self.read()
-            end = ""
-        except BadVideo as error:
-            end = f"it breaks off ({error.reason})" if self.counts["read"] else error.reason
-        except (av.FFmpegError, OSError, ValueError) as error:  # in converting, or writing --save
-            end = f"{type(error).__name__}: {error}"
-        self.slot.put(end)
-
-    def read(self):
-        args, began, last, size = self.args, None, None, None
-        for t, frame in read_stream(args.watch):
-            if frame is None:
-                self.counts["damaged"] += 1
-                continue
-            self.seen = now = time.perf_counter()
-            began = now - t if began is None else began
-            self.late = max(self.late, now - began - t)
-            if not args.no_drop:
-                self.seen = max(now, began + t)
-                self.stop.wait(self.seen - now)
-            if self.stop.is_set():
-                return
-            self.counts["read"] += 1
-            before, size = size, (frame.width, frame.height)
-            if before not in (None, size):
-                print(f"{t:7.1f} s  the frame size changes from {before} to {size}", flush=True)
-            turn = int(t * args.fps + .05)  # timestamps are rounded, in Matroska to ms
-            if turn == last:
-                self.counts["skipped"] += 1
-            else:
-                self.offer((t, time.perf_counter(), to_picture(frame, self.side)))
-            last = turn
-            with self.writing:
-                if self.out and not self.stop.is_set():
-                    save_frame(self.out, frame, t, self.label)
-
-    def offer(self, item):
-        if not self.args.no_drop:
-            self.drop()
-        self.slot.put(item)
-        if self.args.no_drop:
-            self.slot.join()  # until the networks are done with it
-
-    def drop(self):
-        with contextlib.suppress(queue.Empty):
-            self.counts["dropped"] += isinstance(self.slot.get_nowait(), tuple)
-            self.slot.task_done()
-
-
-def save_frame(out, frame, t, label):
-    """--save: add the frame of second t, with the label drawn in, to the container `out`."""
-    picture, stream = to_picture(frame), out.streams.video[0]
-    if not stream.width:  # the size of the first frame holds for all
-        stream.height, stream.width = (side // 2 * 2 for side in picture.shape[:2])
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
-    picture = frame.reformat(stream.width, stream.height).to_ndarray()
-    scale = max(1, stream.height // 160)  # the letters are about 11 pixels high
-    strip = torchvision.utils.draw_bounding_boxes(
-        torch.zeros(3, 15, stream.width // scale, dtype=torch.uint8),
-        torch.tensor([[0, 0, 1, 1]]), [label], "lime")
-    strip = strip.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).numpy()
-    picture[:len(strip), :strip.shape[1]] = strip[:len(picture)]
-    frame = av.VideoFrame.from_ndarray(picture, "rgb24")
-    frame.pts, frame.time_base = round(1000 * t), Fraction(1, 1000)
-    out.mux(stream.encode(frame))
-
-
-def prepack(model):
-    """A single frame is few tokens, and a CPU spends a good part of each product on rearranging the
-    weights. For the MLPs, two thirds of all weights, oneDNN does that here, once."""
-    for block in model.modules():
-        if isinstance(block, ResidualAttentionBlock):
-            for layer in (block.mlp.c_fc, block.mlp.c_proj):
-                weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
-                layer.forward = functools.partial(
-                    lambda weight, bias, x: torch.ops.mkldnn._linear_pointwise(
-                        x, weight, bias, "none", [], ""), weight, layer.bias)
-
-
-def load_watcher(args, device, layers=0):
-    """-> model, T. From --checkpoint, ours (of any of the three scripts) or ActionCLIP's; without
-    one the CLIP that --large names, untrained on actions, with the mean over frames."""
-    spec, T = args.large, args.frames
-    if args.checkpoint:
-        saved = read_weights(args.checkpoint)
-        if "fusion" not in saved:
-            raise BadInput(f"--checkpoint {args.checkpoint} holds no fusion head; a CLIP alone is "
-                           f"named by --large NAME:{args.checkpoint}")
-        spec = f"{saved.get('backbone', args.large.partition(':')[0])}:{args.checkpoint}"
-        layers, T = args.fusion_layers, saved.get("frames", args.frames)
-    if spec.startswith("toy-"):
-        torch.set_num_threads(1)  # more cost more than they bring, beside the reader
-    model = build_action_clip(spec, layers, Path(args.out) / "cache").to(device).eval()
-    if device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        prepack(model)
-    return model, T
+def save_frame(film, picture, t, label):
+    """--save: add a picture, uint8 (3, H, W), of second t to the container `film`, with a label"""
+    _, H, W = picture.shape
+    zoom = max(1, H // 160)  # letters are 11 pixels high
+    strip = torch.zeros(3, 15, W // zoom, dtype=torch.uint8)
+    strip = draw_bounding_boxes(strip, torch.tensor([[0, 0, 1, 1]]), [label], "lime")
+    strip = F.interpolate(strip[None], scale_factor=zoom)[0, :, :H]
+    picture[:, :strip.shape[1], :strip.shape[2]] = strip
+    if not film.streams:  # the size of the first frame holds for all; H.264 wants it even
+        film.add_stream("libx264", 1000, width=W // 2 * 2, height=H // 2 * 2, pix_fmt="yuv420p")
+    stream = film.streams.video[0]
+    frame = av.VideoFrame.from_ndarray(picture.permute(1, 2, 0).contiguous().numpy(), "rgb24")
+    frame = frame.reformat(stream.width, stream.height)
+    frame.pts = round(1000 * t)  # the stream counts in ms
+    film.mux(stream.encode(frame))
 
 
 def watch(args):
-    """--watch: prints a line a second until the stream ends, or Ctrl-C. -> counts of frames. Exits
-    with 1 where the stream stalls or breaks. Raises BadInput where nothing can be read at all."""
-    device, labels, out = find_place()[0], args.labels, None
-    model, T = load_watcher(args, device)
-    text, ring = embed_classes(model, labels, device), collections.deque(maxlen=T)
-    stream_step(model, ring, torch.zeros(1, 1, 3, model.size, model.size, device=device), text)
-    ring.clear()  # the first step takes longer, and was for nothing
-    if args.save:
-        both = args.watch, args.save
-        if all(map(os.path.exists, both)) and os.path.samefile(*both):
-            raise BadInput(f"--save {args.save} would write over what is watched; name another")
-        try:
-            if not os.access(Path(args.save).resolve().parent, os.W_OK):
-                raise PermissionError("its folder is missing, or closed to writing")
-            out = av.open(args.save, "w")
-            codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-            out.add_stream(codec, 1000, width=0, height=0, pix_fmt="yuv420p")
-        except (av.FFmpegError, OSError, ValueError) as error:
-            raise BadInput(f"--save {args.save} cannot be written ({error}); name a file such as "
-                           f"out.mp4") from error
-    print(f"tinyclip_swap.py watches {args.watch} on {machine()}, torch {torch.__version__}\n"
-          f"{args.checkpoint or args.large}: {T} frames, {args.fps:g} a second, which is a window "
-          f"of {T / args.fps:.1f} s; labels: {', '.join(labels)}", flush=True)
-    reader, spent, end, line, t = Reader(args, side(model), out), [], None, "", 0.
-    counts, (shown, since) = reader.counts, (0, time.perf_counter())
+    """Print a label a second for a stream at its own pace: frames that come while the networks are
+    busy are dropped. Exits with 1 where the stream stalls or breaks off."""
+    layers = args.fusion_layers if args.checkpoint else 0  # untrained: mean over frames
+    model = common.build_action_clip(args.large, layers, Path(args.out) / "cache",
+                                     checkpoint=args.checkpoint).to(DEVICE)
+    text = model.embed_classes(args.labels)
+    ring = collections.deque(maxlen=model.frames or args.frames)
+    print(f"{args.checkpoint or args.large} watches {args.watch} on {machine()}: {ring.maxlen} "
+          f"frames, {args.fps:g} a second; labels: {', '.join(args.labels)}", flush=True)
+    frames, counts, spent = queue.Queue(32), collections.Counter(), []
+    threading.Thread(target=read_into, args=(frames, args.watch), daemon=True).start()
+    film, began, turn, second, label, line = None, None, None, 0, "", ""
     try:
-        reader.start()
-        while end is None:
-            try:
-                item = reader.slot.get(timeout=1)
-            except queue.Empty:
-                silent = int(time.perf_counter() - reader.seen)
-                if silent > 0:
-                    print(f"{t:7.1f} s  no frame for {silent} s", flush=True)
-                end = f"no frame for {silent} s (--stall)" if silent >= args.stall else None
-                continue
-            if isinstance(item, str):
-                end = item
-                break
-            counts["shown"] += 1
-            before, (t, decoded, picture) = t, item
-            frame = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None]
-            p = stream_step(model, ring, centre_crop([frame.to(device)], model.size), text).cpu()
-            now = time.perf_counter()
-            spent.append(1e3 * (now - decoded))
-            best = p.topk(min(3, len(labels)))
-            best = [(labels[k], q) for q, k in zip(*map(torch.Tensor.tolist, best), strict=True)]
-            reader.label = best[0][0] if best[0][1] >= args.threshold else "none of these"
-            reader.slot.task_done()
-            line = (f"{t:7.1f} s  {reader.label:{max(13, *map(len, labels))}}  "
-                    + ", ".join(f"{label} {q:.2f}" for label, q in best)
-                    + f"  {(counts['shown'] - shown) / (now - since):.1f} frames/s, latency "
-                    + "p50 {:.1f} p95 {:.1f} ms".format(*np.percentile(spent[-100:], (50, 95))))
-            if int(t + 1e-3) > int(before + 1e-3):
+        while not isinstance(item := frames.get(timeout=STALL), str):
+            t, frame = item
+            counts["read"] += 1
+            began = began or time.perf_counter() - t
+            late = 0 if args.no_drop else time.perf_counter() - began - t
+            time.sleep(max(0, -late))
+            last, turn = turn, int(t * args.fps + .05)  # timestamps are rounded
+            if turn == last:
+                counts["skipped"] += 1
+            elif late > 1 / args.fps:
+                counts["dropped"] += 1
+            else:
+                counts["shown"] += 1
+                start = time.perf_counter()
+                p = stream_step(model, ring, common.to_picture(frame, model.side), text)
+                best = [(args.labels[k], p[k].item()) for k in p.argsort(descending=True)[:3]]
+                spent.append(1e3 * (time.perf_counter() - start))
+                label = best[0][0] if best[0][1] >= .5 else "none of these"
+                scores = ", ".join(f"{name} {q:.2f}" for name, q in best)
+                line = f"{t:7.1f} s  {label:20} {np.median(spent[-100:]):6.1f} ms  {scores}"
+            if args.save:
+                film = film or av.open(args.save, "w")
+                save_frame(film, common.to_picture(frame), t, label)
+            if int(t) > second:
                 print(line, flush=True)
-                line, shown, since = "", counts["shown"], now
+                second = int(t)
+        end = item
+    except queue.Empty:
+        end = f"no frame for {STALL} s"
     except KeyboardInterrupt:
         end = "Ctrl-C"
-    reader.stop.set()
-    for _ in range(10):  # it may hang in a read for ever
-        reader.join(.1)
-        reader.drop()
-    with reader.writing, contextlib.suppress(av.FFmpegError):  # an error has been told before
-        for stream in out.streams if out else ():
-            out.mux(stream.encode(None) if stream.width else [])
-            out.close()
-    if not counts["read"] and end != "Ctrl-C":
-        raise BadInput(f"--watch {args.watch}: {end or 'it ends without a frame'}")
-    print(line + "\n" * bool(line) + f"{end or 'end of the stream'}, at {t:.1f} s: "
-          + ", ".join(f"{counts[kind]} {kind}" for kind in ("read", "shown", "skipped", "dropped"))
-          + f"; {counts['damaged']} damaged packets" * (counts["damaged"] > 0)
-          + f"; frames came {reader.late:.1f} s late" * (reader.late > 1 and not args.no_drop))
-    print(f"RESULT tinyclip_swap watch={args.watch} "
-          + " ".join(f"{kind}={counts[kind]}" for kind in ("read", "shown", "skipped", "dropped"))
-          + " p50_ms={:.1f} p95_ms={:.1f}".format(*np.percentile(spent or [0], (50, 95))))
-    if end not in ("", "Ctrl-C"):
+    if film:
+        film.mux(film.streams.video[0].encode(None))
+        film.close()
+    if not spent and end != "Ctrl-C":
+        raise common.BadInput(f"--watch {args.watch}: {end}")
+    numbers = [f"{kind}={counts[kind]}" for kind in ("read", "shown", "skipped", "dropped")]
+    numbers += [f"p{p}_ms={np.percentile(spent or [0], p):.1f}" for p in (50, 95)]
+    print(f"{line}\n{end}\nRESULT tinyclip_swap watch={args.watch} {' '.join(numbers)}")
+    if end not in ("end of the stream", "Ctrl-C"):
         sys.exit(1)
-    return dict(counts)
+
+
+# ---- flags and main ------------------------------------------------------------------------------
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument_group("data").add_argument
-    add("--data", default="toy", help="toy, or a folder (the README lists the formats)")
-    add("--split", type=int, default=1, choices=(1, 2, 3))
+    add = parser.add_argument
+    add("--data", default="toy", help="toy (default), or a folder; the README lists the formats")
+    add("--split", type=int, default=1, choices=(1, 2, 3), help="(default: 1)")
     add("--allow-missing", action="store_true", help="go on without missing clips")
-    add("--unseen", type=int, default=0, metavar="N", help="keep N classes, chosen by the seed, "
-        "out of training, and test on them, too")
-    add("--frames", type=int, default=8, help="T, frames of a clip that a network sees")
-    add("--sampling", choices=("tsn", "dense"), default="tsn")
-    add("--views", type=int, default=1, help="windows of a test clip, with dense sampling")
-    add = parser.add_argument_group("networks").add_argument
-    add("--large", default="toy-large", help="NAME[:WEIGHTS] of the original backbone")
-    add("--small", default="toy-small", help="NAME[:WEIGHTS] of the one swapped in")
-    add("--fusion-layers", type=int, default=6, help="of the fusion head; 0: mean over frames")
-    add("--fix-text", action="store_true", help="freeze the text tower")
-    add("--recover", choices=("none", "affinity"), default="none",
-        help="affinity: a third arm, the small model with eq. (3)")
-    add = parser.add_argument_group("training").add_argument
+    add("--unseen", type=int, default=0, metavar="N", help="hold N classes out of training, and "
+        "test on them, too (default: 0)")
+    add("--frames", type=int, default=8, help="T, frames per clip (default: 8); a checkpoint has "
+        "its own")
+    add("--sampling", choices=("tsn", "dense"), default="tsn", help="(default: tsn)")
+    add("--views", type=int, default=1, help="windows of a test clip, with dense (default: 1)")
+    add("--large", default="toy-large", help="NAME[:WEIGHTS] of the original backbone (default: "
+        "toy-large)")
+    add("--small", default="toy-small", help="the one swapped in (default: toy-small)")
+    add("--fusion-layers", type=int, default=6, help="of the fusion head (default: 6); 0: mean "
+        "over frames")
+    add("--recover", choices=("none", "affinity"), default="none", help="affinity: a third arm, "
+        "the small model with eq. (3) (default: none)")
+    add("--checkpoint", "--eval-only", metavar="FILE", help="no training: test this checkpoint, "
+        "ours or ActionCLIP's, or --watch with it")
     add("--epochs", type=int, help="(default: 6 for toy clips, else 50, as ActionCLIP)")
-    add("--batch-size", type=int, default=32, help="clips of all processes together")
-    add("--lr", type=float, help="of CLIP's towers; the fusion head has ten times as much "
-        "(default: 4e-4 for toy CLIPs, else 5e-6, as ActionCLIP)")
+    add("--batch-size", type=int, default=32, help="of all processes together (default: 32)")
+    add("--lr", type=float, help="of CLIP's towers (default: 4e-4 for toys, else 5e-6)")
     add("--compile", action="store_true", help="torch.compile the networks")
-    add = parser.add_argument_group("real time").add_argument
-    add("--watch", metavar="SOURCE", help="no training: say what goes on in a file, an address, - "
-        "(standard input) or a camera: /dev/video0, avfoundation:0, dshow:video=NAME")
-    add("--labels", help='what it may be, in any words: "waving, running, a dog jumping"')
-    add("--checkpoint", metavar="FILE", help="of any of the three scripts, or ActionCLIP's for the "
-        "backbone that --large names (default: that backbone as it is, the mean over frames)")
-    add("--fps", type=float, default=4., help="frames sampled a second; T of them are a window, "
-        "which should last as long as a training clip")
-    add("--threshold", type=float, default=.5, help="probability below which it is none of these")
-    add("--stall", type=int, default=10, help="seconds without a frame that end it")
+    add("--watch", metavar="SOURCE", help="live: a file, an address, - (standard input) or a "
+        "camera: /dev/video0, avfoundation:0, dshow:video=NAME")
+    add("--labels", default="", help='of --watch, in any words: "waving, running, a dog jumping"')
+    add("--fps", type=float, default=4., help="frames sampled per second (default: 4)")
     add("--no-drop", action="store_true", help="wait for each frame, at whatever speed")
-    add("--save", metavar="FILE", help="write the video with the label drawn in: out.mp4")
-    add = parser.add_argument_group("run").add_argument
-    add("--eval-only", metavar="CHECKPOINT", help="no training: test this checkpoint, ours or "
-        "ActionCLIP's, of the backbone that --large (or --small) names")
-    add("--seed", type=int, default=0)
-    add("--out", default="runs", help="folder for records, checkpoints and the cache")
+    add("--save", metavar="FILE", help="write the watched video with its labels: out.mp4")
+    add("--seed", type=int, default=0, help="(default: 0)")
+    add("--out", default="runs", help="folder for runs and the cache (default: runs)")
     add("--resume", action="store_true", help="go on with a run that was killed")
-    add("--target", type=float, default=0., help="exit 1 if an arm's top-1 is below")
-    add("--workers", type=int, default=min(8, max(1, (os.cpu_count() or 1) - 1)))
+    add("--workers", type=int, default=min(8, max(1, (os.cpu_count() or 1) - 1)),
+        help="processes that decode (default: cores - 1, at most 8)")
     args = parser.parse_args(argv)
-    if args.epochs is None:
-        args.epochs = 6 if args.data == "toy" else 50
-    if min(args.frames, args.views, args.epochs, args.batch_size) < 1 or args.frames > 77:
-        parser.error("--frames takes 1 to 77; --views, --epochs and --batch-size take 1 or more")
-    if args.views > 1 and args.sampling == "tsn":
-        parser.error("--views: TSN sampling has one view; add --sampling dense")
-    if not args.watch and (args.labels or args.checkpoint or args.save):
-        parser.error("--labels, --checkpoint and --save go with --watch")
-    args.labels = list(dict.fromkeys(re.findall(r"[^,\s][^,]*?(?=\s*(?:,|$))", args.labels or "")))
-    if args.watch and len(args.labels) < 2:
-        parser.error('--watch takes --labels, two or more: --labels "waving, running"')
-    if min(args.fps, args.stall) <= 0 or not 0 <= args.threshold <= 1:
-        parser.error("--fps and --stall take more than 0, --threshold 0 to 1")
-    args.arms = {"large": args.large, "small": args.small}
-    if args.recover == "affinity":
-        args.arms["small+affinity"] = args.small
+    args.epochs = args.epochs or (6 if args.data == "toy" else 50)
+    labels = [word.strip() for word in args.labels.split(",")]
+    args.labels = [word for word in dict.fromkeys(labels) if word]
+    if min(args.views, args.epochs, args.batch_size) < 1 or not 1 <= args.frames <= 77:
+        parser.error("--frames takes 1 to 77; --views, --epochs and --batch-size 1 or more")
+    if args.fps <= 0 or (args.watch and len(args.labels) < 2):
+        parser.error('--fps takes more than 0, --watch --labels: --labels "waving, running"')
+    film = Path(args.save or "film.mp4")
+    if film.suffix not in (".mp4", ".mkv", ".mov") or not film.resolve().parent.is_dir() or \
+            (args.watch and film.resolve() == Path(args.watch).resolve()):
+        parser.error("--save takes an .mp4, .mkv or .mov in a folder that is there, not the file "
+                     "that is watched")
     return args
 
 
-def find_place():
-    """-> (device, rank, number of processes); under torchrun it joins the other processes."""
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if not torch.cuda.is_available():
-        return torch.device("cpu"), rank, world
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cuda", torch.cuda.current_device()), rank, world
+def start(args):
+    """Join the other processes of torchrun, if there are any."""
+    if "toy-large" in vars(args).values():
+        torch.set_num_threads(1)  # small networks run faster on one thread
+    if GPU:
+        torch.cuda.set_device(DEVICE)
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if GPU else "gloo")
 
 
-def report(results, log, data, bad, world):
-    """What is printed after the arms: the table, training speed, and what was missing or unread."""
-    print(table(results))
-    last = {row["arm"]: row for row in log}
-    for arm, row in last.items():
-        tflops = results[arm]["gflop_training"] * row["clips_per_s"] / 1e3 / world
-        peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in machine()), None)
-        print(f"training {arm}: {row['clips_per_s']:.1f} clips/s with decoding, "
-              f"{tflops:.3f} TFLOP/s a device"
-              + (f", {tflops / peak:.1%} of its peak of {peak}" if peak else "")
-              + (f", {row['peak_mb']:.0f} MB at most" if row["peak_mb"] else ""))
-    trained = {label for _, label in data.train}
-    untrained = [name for i, name in enumerate(data.classes) if i not in trained]
-    for names, what in ((data.missing, "listed clips are missing"),
-                        (untrained, "classes have no training clip"),
-                        (list(bad["training"]), "training clips cannot be decoded"),
-                        (list(bad["test"]), "test clips cannot be decoded and count as wrong")):
-        if names:
-            print(f"NOTE {len(names)} {what}, first {names[0]}")
+def build_arms(args, cache):
+    """-> {name of the arm: ActionCLIP}; with --checkpoint it alone"""
+    specs = {"large": args.large, "small": args.small}
+    if args.recover == "affinity":
+        specs["small+affinity"] = args.small
+    if args.checkpoint:
+        specs = {"checkpoint": args.large}
+    models = {}
+    for arm, spec in specs.items():
+        torch.manual_seed(args.seed)  # the arms do not depend on each other
+        models[arm] = common.build_action_clip(spec, args.fusion_layers, cache,
+                                               checkpoint=args.checkpoint).to(DEVICE)
+        if args.compile:
+            torch.compiler.config.recompile_limit = 64  # arms x batch sizes x training, testing
+            models[arm].encode_video = torch.compile(models[arm].encode_video)
+    if args.checkpoint:
+        args.frames = models["checkpoint"].frames or args.frames
+    return models
 
 
 def main(argv=None):
     """Train, test and measure the arms. -> {arm: numbers}"""
-    args, began, models = parse(argv), time.time(), {}
+    args, began = parse(argv), time.time()
+    start(args)
     if args.watch:
         return watch(args)
-    device, rank, world = place = find_place()
-    if args.large.startswith("toy-"):  # threads that wait for decoding cost more than they bring
-        spare = max(1, (os.cpu_count() or 1) - args.workers)
-        torch.set_num_threads(min(torch.get_num_threads(), spare))
     cache = Path(args.out) / "cache"
-    if rank:
-        dist.barrier()  # process 0 goes first and fills the cache
-    data = read_data(args.data, args.split, args.allow_missing, cache,
-                     "toy-diagonals" if args.unseen else "toy")
-    data, opened = split_unseen(data, args.unseen, args.seed)
-    if args.eval_only:
-        held = read_weights(args.eval_only).get("backbone", args.large.partition(":")[0])
-        arms = {spec.partition(":")[0]: arm for arm, spec in reversed(args.arms.items())}
-        if held not in arms:
-            raise BadInput(f"{args.eval_only} holds {held}, but --large is {args.large} and "
-                           f"--small is {args.small}: name its backbone with one of them")
-        args.arms = {arms[held]: f"{held}:{args.eval_only}"}
-    for arm, spec in args.arms.items():
-        torch.manual_seed(args.seed)  # the arms do not depend on each other
-        models[arm] = build_action_clip(spec, args.fusion_layers, cache)
-    if world > 1 and not rank:
-        dist.barrier()
-    if min(args.batch_size, len(data.train)) < world:
-        raise BadInput(f"--batch-size {args.batch_size}, {len(data.train)} training clips: too few "
-                       f"for {world} processes")
+    data = common.read_data(args.data, args.split, args.allow_missing, cache,
+                            "toy-diagonals" if args.unseen else "toy")
+    data, opened = common.split_unseen(data, args.unseen, args.seed)
+    models = build_arms(args, cache)
+    if args.checkpoint and "backbone" not in common.read_weights(args.checkpoint):
+        data.classes = data.official or data.classes
     run = Path(args.out) / "tinyclip_swap" / f"{data.name}-s{args.split}-seed{args.seed}"
-    record = start_record(args, run)
-    record_name = "eval.json" if args.eval_only else "run.json"
-    if not rank:
+    if RANK == 0:
         run.mkdir(parents=True, exist_ok=True)
-        for old in [] if args.resume or args.eval_only else run.glob("*-last.pt"):
-            old.unlink()
-        (run / record_name).write_text(json.dumps(record, indent=1))
-        print(f"tinyclip_swap.py on {machine()}, {world} process(es), torch {torch.__version__}, "
-              f"seed {args.seed}\n{data.name}, split {args.split}: {len(data.classes)} classes, "
-              f"{len(data.train)} training clips, {len(data.test)} test clips", flush=True)
-        if opened:
-            print(f"held out of training, by seed {args.seed}: "
-                  f"{', '.join(opened['unseen'].classes)}", flush=True)
+        print(f"{data.name}, split {args.split}: {len(data.classes)} classes, {len(data.train)} "
+              f"training clips, {len(data.test)} test clips; {WORLD} process(es), {machine()}")
+    if opened and RANK == 0:
+        print(f"held out of training: {', '.join(opened['unseen'].classes)}", flush=True)
 
-    results, answers, log, large = {}, {}, [], None
-    bad = {"training": {}, "test": {}}  # {path: reason} of clips that cannot be decoded
+    results, answers, log = {}, {}, []
+    tests = {"": data, **{f"_{group}": part for group, part in opened.items()}}
     for arm, model in models.items():
-        model.to(device)
-        if args.fix_text:
-            for name, weight in model.clip.named_parameters():
-                weight.requires_grad_("visual." in name or name == "logit_scale")
-        gmac, gflop = count_operations(model, args, device)
-        if args.compile:
-            torch.compiler.config.recompile_limit = 64  # arms x batch sizes x training, testing
-            model.encode_video = torch.compile(model.encode_video)
-            model.encode_text = torch.compile(model.encode_text)
-        before = {"seen": evaluate(model, data, args, place, bad["test"])[0]["top1"],
-                  **{group: evaluate(model, part, args, place, bad["test"])[0]["top1"]
-                     for group, part in opened.items()}} if opened and not args.eval_only else {}
-        if not args.eval_only:
-            train(arm, model, large if arm == "small+affinity" else None, data, args, place, run,
-                  log, bad["training"])
-        numbers, answers[arm] = evaluate(model, data, args, place, bad["test"])
-        results[arm] = {"backbone": args.arms[arm].partition(":")[0], "gmac": gmac,
-                        "gflop_training": gflop, **numbers, "before": before,
-                        **{group: evaluate(model, part, args, place, bad["test"])[0]["top1"]
-                           for group, part in opened.items()}}
-        if arm == "large":
-            large = model.eval().requires_grad_(False)  # from here on it only teaches
-    if dist.is_initialized():
+        results[arm] = {"arm": arm, "backbone": model.name}
+        if not args.checkpoint:
+            for name, part in tests.items() if opened else ():  # what CLIP alone knows
+                results[arm][f"before{name}"] = evaluate(model, part, args)[0]
+            teacher = models["large"] if arm == "small+affinity" else None  # trained, and frozen
+            train(arm, model, teacher, data, args, run, log)
+        for name, part in tests.items():
+            top1, top5, said = evaluate(model, part, args)
+            results[arm] |= {f"top1{name}": top1, f"top5{name}": top5}
+            answers.setdefault(arm, said)
+    if WORLD > 1:
         dist.destroy_process_group()
-    if rank:
-        return results
-
-    for arm, model in models.items():  # one after the other, with nothing else running
-        results[arm] |= measure(model, data, args, device)
-    record |= {"results": results, "missing": data.missing, "bad": bad,
-               "unseen": opened["unseen"].classes if opened else [],
-               "seconds": time.time() - began}
-    (run / record_name).write_text(json.dumps(record, indent=1))
-    draw_sheet(data, answers, args, (run / record_name).with_suffix(".png"))
-    report(results, log, data, bad, world)
-    if opened:
-        print(table_unseen(results, opened))
-    print(f"record, checkpoints, pictures: {run}\n"
-          f"RESULT tinyclip_swap data={data.name} split={args.split} seed={args.seed} "
-          + " ".join(f"{arm}={r['top1']:.4f}"
-                     + "".join(f" {arm}_{group}={r[group]:.4f}" for group in opened)
-                     for arm, r in results.items())
-          + (f" gmac_ratio={results['small']['gmac'] / results['large']['gmac']:.3f}"
-             if len(results) > 1 else "") + f" seconds={time.time() - began:.0f}")
-    if any(r["top1"] < args.target for r in results.values()):
-        sys.exit(1)
+    if RANK == 0:
+        report(models, results, answers, tests, args, log, run, began)
     return results
+
+
+def report(models, results, answers, tests, args, log, run, began):
+    """Measure, with nothing else running; write the record, print the table and RESULT."""
+    data, last = tests[""], {row["arm"]: row for row in log}
+    for arm, model in models.items():
+        results[arm] |= measure(model, data, args)
+        if GPU and arm in last:
+            flops = 6e9 * results[arm]["GMAC"] * last[arm]["clips_per_s"] / WORLD  # there and back
+            print(f"training {arm}: {flops / 1e12:.0f} TFLOP/s a GPU ({flops / PEAK:.0%} of an "
+                  f"H100's), {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+    print(table(list(results.values())))
+    scores = []
+    for arm, r in results.items():
+        scores += [f"{arm}{name}={r['top1' + name]:.4f}" for name in tests]
+    if "small" in results:
+        small, large = results["small"], results["large"]
+        ratios = [f"{key} x{small[key] / large[key]:.2f}" for key in ("M", "GMAC", "ms", "+decode",
+                                                                      "clips/s")]
+        print(f"small / large: {', '.join(ratios)}")
+        scores += [f"gmac_ratio={small['GMAC'] / large['GMAC']:.3f}"]
+    chances = [f"top1{name} {1 / len(part.classes):.3f}" for name, part in tests.items()]
+    print(f"M: million parameters without the word table. GMAC, ms, +decode (ms with decoding): of "
+          f"a clip, texts cached.\n{len(data.test)} test clips; chance: {', '.join(chances)}")
+    for note in data.notes():
+        print(f"NOTE {note}")
+
+    file = run / ("eval.json" if args.checkpoint else "run.json")
+    write_record(file, args, data, results, time.time() - began)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    lines = {}
+    for i in next(iter(answers.values())):
+        said = {"truth": data.test[i][1], **{arm: answers[arm][i] for arm in answers}}
+        text = [f"{who}: {data.classes[k]}" for who, k in said.items()]
+        lines[i] = "   ".join(text), len(set(said.values())) == 1
+    common.contact_sheet(data.test, lines, args.frames, file.with_suffix(".png"))
+    print(f"record, checkpoints, picture: {run}\nRESULT tinyclip_swap data={data.name} "
+          f"split={args.split} seed={args.seed} {' '.join(scores)} "
+          f"seconds={time.time() - began:.0f}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except BadInput as error:
+    except common.BadInput as error:
         sys.stderr.write(f"tinyclip_swap.py: {error}\n")
         sys.exit(2)
