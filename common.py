@@ -1,31 +1,28 @@
 """Clips in, networks out: what every method of this repository needs before the method starts.
 
-The contract: this file holds data loading and model builders and nothing else. It trains nothing,
-logs nothing, reads no flags and knows nothing of the roles that networks play in a method.
-(One exception: the toy CLIP is trained where it is built, since that stands in for a download.)
+The contract: data loading and model builders, nothing else. This file trains nothing, logs nothing,
+reads no flags and knows nothing of the roles that networks play in a method. (One exception: the
+toy CLIP is trained where it is built, since that stands in for a download.)
 
-Sections: errors | toy clips | data sets | RGB decoding | compressed decoding | loaders | CLIP and
-ActionCLIP builders | exit networks
+Sections: errors | toy clips | data sets | RGB decoding | compressed decoding | loaders | views |
+CLIP and ActionCLIP builders | exit networks
 
-Axis letters, here and in all scripts:
-    B clips   T frames of a clip that a network sees   C H W channels, height, width of a frame
-    D width of an embedding   K classes   N frames that a file holds   V windows of a clip
-    S segments of a compressed clip   E exits of a network
+Axes:  B clips   T frames of a clip that a network sees   C H W channels, height, width   D width of
+an embedding   K classes   N frames of a file   V windows of a clip   S segments of a compressed
+clip   E exits of a network
 """
 import contextlib
 import csv
 import dataclasses
-import difflib
 import functools
 import inspect
 import itertools
 import json
-import logging
+import math
 import os
 import re
 import shutil
 import sys
-import warnings
 import zlib
 from bisect import bisect_left, bisect_right
 from fractions import Fraction
@@ -52,8 +49,7 @@ from torchvision.transforms.v2 import functional as TF
 
 
 class BadInput(ValueError):
-    """A mistake that the user can fix. The message says what was wrong, where, and what would be
-    right."""
+    """A mistake that the user can fix: what was wrong, where, what would be right."""
 
 
 class BadVideo(Exception):
@@ -66,11 +62,10 @@ class BadVideo(Exception):
 
 # ---- toy clips -----------------------------------------------------------------------------------
 # An action is a motion and cannot be read from one frame: position and size at the middle of a clip
-# have the same distribution for every action. Shape and colour vary freely. The scene correlates
-# with the action in half of the training clips and in no test clip of split 1; split 2 has the same
-# training clips, and tests every action in the usual scene of another one (a test of scene bias).
-# The compressed scripts use classes that pair a shape with a motion, so that each stream sees a
-# part of the class. Diagonals test unseen classes: their words combine those of trained classes.
+# have the same distribution for every action. The scene correlates with the action in half of the
+# training clips and in no test clip of split 1; split 2 tests each action in the usual scene of
+# another (a test of scene bias). The compressed scripts use classes that pair a shape with a
+# motion. Diagonals test unseen classes: their words combine those of trained classes.
 
 MOTIONS = {  # words -> direction of (x, y, log radius)
     "moving left": (-1, 0, 0), "moving right": (1, 0, 0), "moving up": (0, -1, 0),
@@ -85,8 +80,7 @@ SCENES = ("stripes", "checks", "dots", "plain ground")
 
 
 def toy_truth(rng, motion, scene):
-    """Draw the content of a toy clip. Position and radius (at mid clip) and speed (per clip) are in
-    units of the picture's side. -> dict of plain values"""
+    """What a toy clip shows, drawn at random; lengths (at mid clip) in sides of the picture."""
     return {"motion": motion, "scene": scene, "shape": str(rng.choice(SHAPES)),
             "colour": str(rng.choice(list(COLOURS))), "x": rng.uniform(.38, .62),
             "y": rng.uniform(.38, .62), "radius": rng.uniform(.13, .19),
@@ -102,8 +96,7 @@ def toy_caption(truth):
 
 
 def draw_toys(truths, x, y, radius, pixels):
-    """Draw B stills, one per truth, with the object at x, y and of that radius, (B,), in units of
-    the picture's side. -> uint8 (B, pixels, pixels, 3)"""
+    """Stills with the objects at x, y, of that radius, (B,) each -> uint8 (B, pixels, pixels, 3)"""
     row, column = (np.mgrid[:pixels, :pixels].astype(np.float32) + .5) / pixels     # (H, W)
     phase = np.array([truth["phase"] for truth in truths], np.float32)              # (B, 2)
     p = (column + phase[:, :1, None]) * 8 % 1                                       # (B, H, W)
@@ -136,8 +129,8 @@ def toy_clip(truth, frames=16, pixels=64):
 
 
 def write_video(path, frames, fps=24, codec="mpeg4", pix_fmt="yuv420p", **options):
-    """Encode uint8 frames (N, H, W, 3): I and P frames, an I-frame every 12, fine quantisation.
-    options, strings, go to the codec and replace these."""
+    """Encode uint8 frames (N, H, W, 3): I- and P-frames, an I-frame every 12. options: strings for
+    the codec, instead of these."""
     options = {"g": "12", "bf": "0", "qmin": "2", "qmax": "4", **options}
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps, options=options)
@@ -149,8 +142,8 @@ def write_video(path, frames, fps=24, codec="mpeg4", pix_fmt="yuv420p", **option
 
 def make_toy_folder(folder, train=1200, test=300, seed=0, pairs=False, motions=tuple(MOTIONS)):
     """Draw and encode toy clips into `folder`: train1.csv, test1.csv, train2.csv, test2.csv (see
-    above), truth.json and the clips. pairs: split 1 alone, with the classes "circle moving left",
-    "cross moving left", ...; these clips are larger and longer and have a vector per 8 pixels."""
+    above), truth.json and the clips. pairs: split 1 alone, classes "circle moving left", ...; these
+    clips are larger and longer and have a vector per 8 pixels."""
     rng, truths, rows = np.random.default_rng(seed), {}, {}
     shape, options = ((24, 96), {"flags": "+mv4"}) if pairs else ((16, 64), {})
     for part, count in (("train", train), ("test", test), ("swapped", 0 if pairs else test)):
@@ -183,11 +176,9 @@ TOYS = {"toy": {}, "toy-pairs": {"train": 900, "test": 240, "pairs": True},  # f
 
 
 def cached(cache, name, make, *sources):
-    """Path of a file or folder in the cache; where it is missing, process 0 calls make(path).
-
-    The name carries a digest of `sources`, functions and values, so that a file made by older code
-    is never reused. It is made under another name and renamed: a kill leaves nothing half-made.
-    """
+    """Path of a file or folder in the cache; where it is missing, process 0 calls make(path). The
+    name carries a digest of `sources`, functions and values, so that what older code has made is
+    not reused. Made under another name and renamed: a kill leaves nothing half-made."""
     code = "".join(inspect.getsource(s) if callable(s) else repr(s) for s in sources)
     path = Path(cache) / f"{name}-{zlib.crc32(code.encode()):08x}"
     first = not dist.is_initialized() or dist.get_rank() == 0
@@ -213,15 +204,20 @@ def cached(cache, name, make, *sources):
 @dataclasses.dataclass
 class VideoData:
     """train, test: lists of (path, class index); classes: K names in words, for prompts; missing:
-    listed clips that do not exist; official: the names as ActionCLIP's own lists spell them; bad:
-    {path: reason} of clips that could not be decoded, filled by the loaders."""
+    listed clips that do not exist; unseen: classes held out of training; official: the names as in
+    ActionCLIP's lists; bad: {path: reason} of clips that cannot be decoded, filled by loaders."""
     name: str
     classes: list
     train: list
     test: list
     missing: list
+    unseen: list = dataclasses.field(default_factory=list)
     official: list = None
     bad: dict = dataclasses.field(default_factory=dict)
+
+    def __str__(self):
+        return (f"{self.name}: {len(self.classes)} classes, {len(self.train)} training clips, "
+                f"{len(self.test)} test clips")
 
     def digest(self):
         """Classes and clips as a number: the same wherever the folder lies."""
@@ -236,9 +232,11 @@ class VideoData:
         trained = {label for _, label in self.train}
         untrained = [name for i, name in enumerate(self.classes) if i not in trained]
         found = {"listed clips are missing": self.missing,
+                 "classes are held out of training": self.unseen,
                  "classes have no training clip": untrained,
                  "clips cannot be decoded; test clips among them count as wrong": list(self.bad)}
-        return [f"{len(names)} {what}, first {names[0]}" for what, names in found.items() if names]
+        return [f"{len(names)} {what}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+                for what, names in found.items() if names]
 
 
 FORMATS = ("the formats are: HMDB51 as released (testTrainMulti_7030_splits/ beside class "
@@ -258,8 +256,7 @@ def read_data(data, split=1, allow_missing=False, cache="runs/cache", toys="toy"
     split: 1, 2 or 3, where there are several. Labels come from class names, never from ids in a
     list. allow_missing: go on without listed clips that do not exist. toys: what `toy` is, one of
     TOYS. Raises BadInput for an unknown format, missing clips, an empty list, a class without
-    training clips (so a test label that training lacks) and a clip on both lists.
-    """
+    training clips and a clip on both lists."""
     root = Path(data)
     if data == "toy":
         root = cached(cache, toys, functools.partial(make_toy_folder, **TOYS[toys]), TOYS[toys],
@@ -370,14 +367,12 @@ def _checked(name, root, train, test, allow_missing):
 
 
 def split_unseen(data, count, seed=0):
-    """Hold `count` classes, drawn by the seed, out of training, to ask later what a model makes of
-    words that it was never trained on. Of the toy clips only diagonals are drawn.
-
-    -> the other classes and their clips, labels renumbered, and {"unseen": clips of the held-out
-    classes, classified among these, "unseen_all": the same clips, among all classes}; count 0:
-    data, {}. Raises BadInput where fewer than two classes would be left on either side."""
+    """Hold `count` classes, drawn by the seed (toys: diagonals), out of training. -> {"": the other
+    classes, labels renumbered; "_unseen": the test clips of the held-out classes, classified
+    among these; "_unseen_all": the same clips, among all classes}; count 0: {"": data}. Raises
+    BadInput where fewer than two classes would be left on either side."""
     if not count:
-        return data, {}
+        return {"": data}
     able = [name for name in data.classes if name in DIAGONALS] or data.classes
     most = min(len(able), len(data.classes) - 2)
     if not 2 <= count <= most:
@@ -387,16 +382,15 @@ def split_unseen(data, count, seed=0):
     seen = [name for name in data.classes if name not in unseen]
 
     def part(chosen, classes, train=()):
-        """Clips of the classes `chosen`, to be classified among `classes`."""
         parts = []
         for clips in (train, data.test):
             named = [(path, data.classes[label]) for path, label in clips]
             parts.append([(path, classes.index(name)) for path, name in named if name in chosen])
         return dataclasses.replace(data, name=f"{data.name}-unseen{count}", classes=classes,
-                                   train=parts[0], test=parts[1], official=None)
+                                   train=parts[0], test=parts[1], unseen=unseen, official=None)
 
-    return part(seen, seen, data.train), {"unseen": part(unseen, unseen),
-                                          "unseen_all": part(unseen, data.classes)}
+    return {"": part(seen, seen, data.train), "_unseen": part(unseen, unseen),
+            "_unseen_all": part(unseen, data.classes)}
 
 
 def hold_out(data, share, seed=0):
@@ -443,9 +437,9 @@ def dense_indices(count, frames, rng=None, views=1):
     return (np.array(starts)[:, None] + np.arange(frames) * max(1, 128 // frames)) % count
 
 
+VOP = re.compile(b"\0\0\1\xb6(.)", re.S)  # a picture of MPEG-4; two bits say: I, P, B or S
 # A file of a data set is opened as a file, whatever its name looks like, and is no playlist: these
 # formats name other files or addresses to be opened.
-VOP = re.compile(b"\0\0\1\xb6(.)", re.S)  # a picture of MPEG-4; two bits say: I, P, B or S
 CONTAINERS = av.formats_available - {"concat", "dash", "hls", "image2", "imf", "rtsp", "sdp", "tty",
                                      "webm_dash_manifest"}
 
@@ -476,12 +470,11 @@ def open_video(path, source=None, **options):
 
 class VideoIndex(NamedTuple):
     """pts: sorted timestamps (N,), or None where they cannot be trusted; keys: positions of the
-    keyframes; count: N; repeats: a packet without a picture repeats the picture before (MPEG-4);
-    unfit: why read_compressed cannot follow the vectors, as far as packets tell, or ""."""
+    keyframes; count: N; unfit: why read_compressed cannot follow the vectors, as far as packets
+    tell, or ""."""
     pts: np.ndarray | None
     keys: np.ndarray
     count: int
-    repeats: bool
     unfit: str
 
 
@@ -491,39 +484,44 @@ def video_index(path):
 
     Declared numbers are not used: pipes, edit lists and damaged headers make them wrong. Raises
     BadVideo, also for a file that ends within a packet."""
+    pts, keys, kinds, cut = [], [], [], False
     with open_video(path) as (container, stream):
-        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
-        form, reorders = container.format.name, stream.codec_context.has_b_frames
-        codec = stream.codec_context.codec.canonical_name
-    packets = list(itertools.dropwhile(lambda p: p.size == 1, packets))  # XviD's lead-in
-    if not packets:
+        form, codec = container.format.name, stream.codec_context.codec.canonical_name
+        for packet in container.demux(stream):
+            if packet.size <= (codec == "mpeg4") or packet.is_discard:  # XviD's lead-in has a byte
+                continue
+            pts.append(packet.pts)
+            keys += [packet.pts] if packet.is_keyframe else []
+            kinds += [code[0] >> 6 for code in VOP.findall(bytes(packet))]
+            cut = packet.is_corrupt
+        reorders, count = stream.codec_context.has_b_frames, len(pts)
+    if not pts:
         raise BadVideo(path, "the video stream holds no frame")
-    if packets[-1].is_corrupt:
+    if cut:
         raise BadVideo(path, "it was cut off: its last packet is incomplete")
     unfit = f"its codec is {codec}, not MPEG-4 part 2"
     if codec == "mpeg4":
-        kinds = {code[0] >> 6 for p in packets for code in VOP.findall(bytes(p))}
         unfit = "it has B-frames" if 2 in kinds else \
             "it has global motion compensation" if 3 in kinds else ""
-    pts, count = [p.pts for p in packets], len(packets)
     vague = form.startswith("mpeg") or None in pts or len(set(pts)) < count  # TS, PS; raw streams
-    if vague or (reorders and (form == "avi" or pts == sorted(pts))):
-        if form != "avi":  # AVI has no timestamps, but a packet for each frame
-            with open_video(path) as (container, stream):
-                count = sum(1 for _ in container.decode(stream))
-        return VideoIndex(None, np.zeros(1, int), count, codec == "mpeg4", unfit)
-    keys = np.searchsorted(np.sort(pts), sorted(p.pts for p in packets if p.is_keyframe))
-    keys = np.union1d([0], keys)  # 0: a stream may start between keyframes
-    return VideoIndex(np.sort(pts), keys, count, codec == "mpeg4", unfit)
+    if not vague and not (reorders and (form == "avi" or pts == sorted(pts))):
+        keys = np.searchsorted(np.sort(pts), np.sort(keys))
+        return VideoIndex(np.sort(pts), np.union1d([0], keys), count, unfit)  # 0: whatever it is
+    if form == "avi":  # no timestamps, but a packet a frame; B-frames lost with the group before
+        count -= sum(1 for _ in itertools.takewhile(lambda kind: kind == 2, kinds[1:]))
+    else:
+        with open_video(path) as (container, stream):
+            count = sum(1 for _ in _pictures(container, stream))
+    return VideoIndex(None, np.zeros(1, int), count, unfit)
 
 
 def decode(path, indices, seek=True, export=None):
     """Decode what `indices` need, in one pass -> yields (position, frame), in order, of each frame
-    that is decoded; a picture that is not coded repeats the one before.
+    that is decoded.
 
     Seeks only where a keyframe lies between the last decoded frame and the next of `indices`.
     seek=False: from the start. export: have motion vectors exported, with these options of the
-    decoder. Raises BadVideo."""
+    decoder. Raises BadVideo, also where decoding cannot start at a keyframe."""
     index, at, frame, frames = video_index(str(path)), -1, None, None
     if not 0 <= min(indices) <= max(indices) < index.count:
         raise BadVideo(path, f"it has {index.count} frames, none for all of {list(indices)}")
@@ -536,11 +534,14 @@ def decode(path, indices, seek=True, export=None):
             if frames is None or key > at + 1:
                 if key:
                     container.seek(int(index.pts[key]), stream=stream)
-                at, frames = key - 1, _numbered(container, stream, index, key - 1)
+                at, frames, start = key - 1, _numbered(container, stream, index, key - 1), key
             while at < i and (found := next(frames, None)):
                 at, frame = found
+                if start and (at > start or frame.pict_type not in (0, PictureType.I)):
+                    raise BadVideo(path, f"decoding cannot start at frame {start}")
+                start = 0
                 yield at, frame
-            if at < i and not index.count - 3 <= at > -1:
+            if at < i and (start or not index.count - 3 <= at > -1):
                 raise BadVideo(path, f"{index.count} frames are in it, but decoding ends after "
                                      f"frame {at}")
             while at < i:  # decoders lose up to two frames at the end
@@ -553,20 +554,38 @@ def decode(path, indices, seek=True, export=None):
 def _numbered(container, stream, index, at):
     """Yields (position, frame) of what follows position `at`. Trusted timestamps tell positions,
     else the frames are counted as they come out."""
-    last = None
+    for pts, frame in _pictures(container, stream):
+        new = at + 1 if index.pts is None or pts is None else bisect_left(index.pts, pts)
+        if new > at:
+            at = new
+            yield at, frame
+
+
+def _pictures(container, stream):
+    """Decode -> yields (timestamp, frame) in order. Where MPEG-4 has the header of a picture and no
+    more (not coded, as XviD writes still scenes), the picture before is shown again."""
+    before, again = None, []
     for packet in container.demux(stream):
         frames = packet.decode()
-        if index.pts is None and index.repeats and last and packet.size and not frames:
-            at += 1
-            yield at, last
+        if not frames and 1 < packet.size < 16 and VOP.search(bytes(packet)):
+            again.append(packet.pts)
         for frame in frames:
-            trusted = index.pts is not None and frame.pts is not None
-            new = bisect_left(index.pts, frame.pts) if trusted else at + 1
-            if index.repeats and last:
-                for i in range(at + 1, new):
-                    yield i, last
-            at, last = new, frame
-            yield at, frame
+            before = frame
+            yield frame.pts, frame
+        if again and before:
+            late = stream.codec_context.has_b_frames  # the picture before comes with the next one
+            if frames or not late or not packet.size:
+                yield from [(pts, before) for pts in again]
+                again = []
+
+
+def either_way(read):
+    """read(seek=True), or where that fails read(seek=False): not every keyframe is a place to
+    start, nor every index right."""
+    try:
+        return read(True)
+    except BadVideo:
+        return read(False)
 
 
 def to_picture(frame, side=None, converter=None):
@@ -575,8 +594,8 @@ def to_picture(frame, side=None, converter=None):
     scaled = [max(1, round(a * side / min(size))) for a in size] if side else size
     picture = (converter or VideoReformatter()).reformat(
         frame, *scaled, "rgb24", threads=1, interpolation=Interpolation.BICUBIC).to_ndarray()
-    turned = np.rot90(picture, round(frame.rotation / 90)).copy()  # torch takes no negative strides
-    return torch.from_numpy(turned).permute(2, 0, 1)
+    turned = np.rot90(picture, round(frame.rotation / 90))
+    return torch.from_numpy(np.ascontiguousarray(turned)).permute(2, 0, 1)
 
 
 def read_frames(path, indices, side=None):
@@ -594,13 +613,11 @@ def read_frames(path, indices, side=None):
                     raise BadVideo(path, f"the frame size changes from {size[0]} x {size[1]} to "
                                          f"{frame.width} x {frame.height}")
                 pictures[at] = to_picture(frame, side, converter)
-        return torch.stack([pictures[int(i)] for i in indices])
+        rows = torch.stack([pictures[int(i)].permute(1, 2, 0) for i in indices])  # as they lie
+        return rows.permute(0, 3, 1, 2)
 
     wanted = set(map(int, indices))
-    try:
-        return read(seek=True)
-    except BadVideo:  # not every keyframe is a place to start: once more from the beginning
-        return read(seek=False)
+    return either_way(read)
 
 
 def read_stream(source):
@@ -680,28 +697,34 @@ def read_compressed(path, indices, pictures=True, whole=False, step=4):
     if reason := video_index(str(path)).unfit:
         raise BadVideo(path, f"{reason}: re-encode it")
     export = {} if pictures else {"skip_idct": "all", "skip_loop_filter": "all"}
-    wanted, found, vectors, size, intra, before = set(map(int, indices)), {}, [], None, None, None
-    for at, frame in decode(path, indices, export=export):
-        size = size or (frame.height, frame.width)
-        if size != (frame.height, frame.width):
-            raise BadVideo(path, f"the frame size changes from {size[1]} x {size[0]} to "
-                                 f"{frame.width} x {frame.height}")
-        if frame.rotation or frame.interlaced_frame:
-            what = "rotated" if frame.rotation else "interlaced"
-            raise BadVideo(path, f"a frame in it is {what}: re-encode it")
-        if frame.pict_type == PictureType.I:  # wherever the encoder put one
-            intra, vectors = frame, []
-        elif intra is None:
-            raise BadVideo(path, "no I-frame stands where its motion starts: re-encode it")
-        elif frame is not before:  # not a repeated one. frame.side_data makes a reference cycle
-            held = SideDataContainer(frame).get("MOTION_VECTORS")
-            vectors.append(b"" if held is None else bytes(held))
-        before = frame
-        if at in wanted:
-            found[at] = [_trace(vectors, *size, whole, step)]
-            if pictures:
-                found[at] += [f.reformat(format="rgb24", threads=1).to_ndarray()
-                              for f in (intra, frame)]
+    wanted = set(map(int, indices))
+
+    def read(seek):
+        found, vectors, size, intra, before = {}, [], None, None, None
+        for at, frame in decode(path, indices, seek, export):
+            size = size or (frame.height, frame.width)
+            if size != (frame.height, frame.width):
+                raise BadVideo(path, f"the frame size changes from {size[1]} x {size[0]} to "
+                                     f"{frame.width} x {frame.height}")
+            if frame.rotation or frame.interlaced_frame:
+                what = "rotated" if frame.rotation else "interlaced"
+                raise BadVideo(path, f"a frame in it is {what}: re-encode it")
+            if frame.pict_type == PictureType.I:  # wherever the encoder put one
+                intra, vectors = frame, []
+            elif intra is None:
+                raise BadVideo(path, "no I-frame stands where its motion starts: re-encode it")
+            elif frame is not before:  # else repeated. frame.side_data makes a reference cycle
+                held = SideDataContainer(frame).get("MOTION_VECTORS")
+                vectors.append(b"" if held is None else bytes(held))
+            before = frame
+            if at in wanted:
+                found[at] = [_trace(vectors, *size, whole, step)]
+                if pictures:
+                    found[at] += [f.reformat(format="rgb24", threads=1).to_ndarray()
+                                  for f in (intra, frame)]
+        return found, size
+
+    found, size = either_way(read)
     motion, *rgb = (torch.from_numpy(np.stack(part)) for part in
                     zip(*[found[int(i)] for i in indices], strict=True))
     intra, frame = [part.permute(0, 3, 1, 2) for part in rgb] or (None, None)
@@ -713,11 +736,12 @@ def _trace(frames, H, W, whole, step):
     x and y in quarters of a pixel"""
     y, x = np.mgrid[step // 2:H + step // 2:step, step // 2:W + step // 2:step].astype(np.int16)
     start = 4 * np.stack([np.minimum(x, W - 1), np.minimum(y, H - 1)]) + np.int16(2)
-    at = start.copy()
+    at, border = start.copy(), np.array([4 * W - 2, 4 * H - 2], np.int16)[:, None, None]
     for vectors in frames[::-1]:  # newest first, back to the I-frame
-        at += _field(vectors, H, W, whole)[:, at[1] // 32, at[0] // 32]
-        np.clip(at[0], 2, 4 * W - 2, out=at[0])
-        np.clip(at[1], 2, 4 * H - 2, out=at[1])
+        field = _field(vectors, H, W, whole)
+        cell = (at[1] >> 5) * np.intp(field.shape[2]) + (at[0] >> 5)
+        at += field.reshape(2, -1).take(cell, 1)
+        at.clip(2, border, out=at)
     return start - at
 
 
@@ -894,7 +918,10 @@ class ClipLoader(torch.utils.data.DataLoader):
     {path: reason}, and are named once on stderr. Raises BadInput when they are more than ten and
     more than 1 % of the clips, and where clips or batch are too few for the processes."""
 
-    def __init__(self, clips, batch, workers=0, rank=0, world=1, bad=None):
+    def __init__(self, clips, batch, workers=0, rank=None, world=None, bad=None):
+        if world is None:
+            alone = not dist.is_initialized()
+            rank, world = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
         if clips.train:
             batch = min(batch, len(clips)) // world * world
         if not batch:
@@ -1015,11 +1042,12 @@ def contact_sheet(clips, lines, frames, path):
 
 
 def _towers(D, width, layers, patch, width_t, heads_t, layers_t, size=224, context=77, **more):
-    return (D, {"image_size": size, "width": width, "layers": layers, "patch_size": patch, **more},
-            {"context_length": context, "width": width_t, "heads": heads_t, "layers": layers_t})
+    vision = {"image_size": size, "width": width, "layers": layers, "patch_size": patch, **more}
+    text = {"context_length": context, "width": width_t, "heads": heads_t, "layers": layers_t}
+    return {"embed_dim": D, "vision_cfg": vision, "text_cfg": text}
 
 
-CLIPS = {  # name: (D, image tower, text tower), from wkcn/TinyCLIP; all but the toys at 224 pixels
+CLIPS = {  # as open_clip.get_model_config gives them; the first six are wkcn/TinyCLIP's
     "TinyCLIP-ViT-39M-16-Text-19M": _towers(512, 512, 12, 16, 512, 8, 6),
     "TinyCLIP-ViT-8M-16-Text-3M": _towers(512, 256, 10, 16, 256, 4, 3),
     "TinyCLIP-ResNet-30M-Text-29M": _towers(1024, 56, [3, 4, 6, 3], None, 512, 8, 9),
@@ -1034,91 +1062,57 @@ CLIPS = {  # name: (D, image tower, text tower), from wkcn/TinyCLIP; all but the
 def build_clip(spec, cache="runs/cache"):
     """Build a CLIP from NAME[:WEIGHTS] -> (clip, tokenizer, what read_weights found or {}).
 
-    NAME: one of CLIPS or a name that open_clip knows. WEIGHTS: a tag of open_clip's (`openai`,
-    `laion2b_s34b_b79k`, ...), a file that read_weights knows, or `random`. Without it the toy CLIPs
-    come pre-trained from the cache; any other is random, and stderr says so. The activation goes
-    with the weights (QuickGELU for OpenAI's, GELU for TinyCLIP's and LAION-2B's; mixing them loads
-    without a word and costs accuracy) or, for a bare file, with NAME: clip.quick_gelu tells. So do
-    mean and std of the pixels. Loads strictly. Raises BadInput.
-    """
+    NAME: one of CLIPS, or of open_clip's with two plain towers (ViT-B-32, RN50, ...). WEIGHTS: a
+    tag of open_clip's (`openai`, ...), a file that read_weights knows, or `random`. Without it
+    the toy CLIPs come pre-trained from the cache; any other is random, and stderr says so. The
+    activation goes with the weights (QuickGELU for OpenAI's, GELU for TinyCLIP's and LAION-2B's;
+    mixing them loads without a word and costs accuracy) or, for a bare file, with NAME
+    (ViT-B-32-quickgelu). Raises BadInput."""
     name, _, weights = spec.partition(":")
-    if name not in CLIPS and name not in open_clip.list_models():
-        raise _unknown_model(name)
-    path = weights if Path(weights).is_file() else None
-    tags = [] if name in CLIPS else open_clip.list_pretrained_tags_by_model(name)
-    tag = open_clip.get_pretrained_cfg(name, weights) if weights in tags and not path else {}
+    config = CLIPS.get(name) or open_clip.get_model_config(name) or {}
+    known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
+    if not config or set(config) - known or "timm_model_name" in config["vision_cfg"]:
+        raise BadInput(f"{name} is no CLIP that can be built here; there are {', '.join(CLIPS)} "
+                       f"and open_clip's: ViT-B-32, ViT-B-16, ViT-L-14, ...")
+    path, tag = weights if Path(weights).is_file() else None, {}
     if not weights and name.startswith("toy-"):
         path = cached(cache, name, functools.partial(_train_toy_clip, name), _train_toy_clip,
-                      draw_toys, toy_truth, toy_caption, CLIPS[name])
+                      draw_toys, toy_truth, toy_caption, config)
     elif not weights:
         print(f"{name}: RANDOM WEIGHTS, since no :WEIGHTS were named", file=sys.stderr)
-    elif not path and not tag and weights != "random":
-        where = f"its tags are {', '.join(tags)}" if tags else \
-            "TinyCLIP's files are released on the page `checkpoints` of github " \
-            "wkcn/TinyCLIP-model-zoo"
-        raise BadInput(f"{spec}: {weights} is no file, and no tag of {name}; {where}")
+    elif not path and weights != "random":
+        tag = open_clip.get_pretrained_cfg(name, weights)
+        if not tag:
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+            raise BadInput(f"{spec}: {weights} is no file and no tag of {name}, which has {tags}. "
+                           f"TinyCLIP's files are released at github wkcn/TinyCLIP-model-zoo, on "
+                           f"the page `checkpoints`")
+        try:
+            path = open_clip.download_pretrained(tag)
+        except Exception as error:
+            raise BadInput(f"{spec}: no download ({type(error).__name__}); put the file here by "
+                           f"other means and say {name}:FILE, or {name}-quickgelu:FILE if these "
+                           f"are OpenAI's weights") from error
     saved = read_weights(path) if path else {}
-    quick_gelu = saved.get("quick_gelu", tag.get("quick_gelu"))
-    if name in CLIPS:
-        D, vision, text = CLIPS[name]
-        clip = open_clip.CLIP(D, vision, text, quick_gelu=bool(quick_gelu))
-        open_clip.set_model_preprocess_cfg(clip, {
-            "size": vision["image_size"], "mean": open_clip.OPENAI_DATASET_MEAN,
-            "std": open_clip.OPENAI_DATASET_STD})
-        tokenizer = open_clip.SimpleTokenizer(context_length=text["context_length"])
-    else:
-        if quick_gelu is None:
-            quick_gelu = open_clip.get_model_config(name).get("quick_gelu", False)
-        clip, tokenizer = _open_clip(spec, tag, tags, quick_gelu)
-    clip.quick_gelu = bool(quick_gelu)
+    quick_gelu = saved.get("quick_gelu", tag.get("quick_gelu", config.get("quick_gelu", False)))
+    D, vision, text = (config[key] for key in ("embed_dim", "vision_cfg", "text_cfg"))
+    clip = open_clip.CLIP(D, vision, text, quick_gelu)
+    clip.quick_gelu = quick_gelu
+    clip.visual.image_mean = tag.get("mean", open_clip.OPENAI_DATASET_MEAN)
+    clip.visual.image_std = tag.get("std", open_clip.OPENAI_DATASET_STD)
     if path:
         load_strictly(clip, open_clip.convert.convert_state_dict(clip, saved["clip"]), path, name)
+    tokenizer = open_clip.SimpleTokenizer(context_length=text["context_length"])
     return clip, tokenizer, saved
 
 
-def _unknown_model(name):
-    if "tinyclip" in name.lower():
-        return BadInput(f"unknown model {name}; of the TinyCLIPs these six can be built: "
-                        f"{', '.join(list(CLIPS)[:6])}")
-    near = difflib.get_close_matches(name, [*CLIPS, *open_clip.list_models()], n=3, cutoff=0)
-    return BadInput(f"unknown model {name}; the nearest names are {', '.join(near)}")
-
-
-def _open_clip(spec, tag, tags, quick_gelu):
-    """One of open_clip's models -> (clip, tokenizer)"""
-    name = spec.partition(":")[0]
-    kin = tag or (open_clip.get_pretrained_cfg(name, tags[0]) if tags else {})
-    pixels = {key: kin[key] for key in ("mean", "std") if key in kin}
-    logging.disable(logging.CRITICAL)  # it logs each retry of a download, and warns of what we mend
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            clip = open_clip.create_model(name, quick_gelu=quick_gelu, force_preprocess_cfg=pixels)
-            tokenizer = open_clip.get_tokenizer(name)
-            if tag:
-                open_clip.load_checkpoint(clip, open_clip.download_pretrained(tag))
-    except ImportError as error:
-        raise BadInput(f"{spec} needs a package that is not installed: {error}") from error
-    except Exception as error:
-        reason, twin = str(error).split("\n")[0], name
-        if quick_gelu and not name.endswith("-quickgelu"):
-            twin = f"{name}-quickgelu"
-        raise BadInput(f"{spec}: open_clip cannot fetch or build it here: {reason}. Without a "
-                       f"network, download the weights elsewhere and say {twin}:FILE") from error
-    finally:
-        logging.disable(logging.NOTSET)
-    return clip, tokenizer
-
-
 def read_weights(path):
-    """Read a file of weights -> {"clip": state, ...}, whichever of these it is:
+    """Read a file of weights -> {"clip": state, ...}. Raises BadInput. It may be
 
     - {"state_dict": {"module.visual...": ...}} (TinyCLIP, open_clip), or the bare tensors
     - OpenAI's TorchScript archive; adds quick_gelu=True
     - ActionCLIP's {"model_state_dict", "fusion_model_state_dict"}; adds fusion=state and
-      quick_gelu=True. Our checkpoints are such files, and say quick_gelu and more themselves.
-    Raises BadInput for a missing file or another format.
-    """
+      quick_gelu=True. Our checkpoints are such files, and say quick_gelu and more themselves."""
     more = {}
     try:
         try:
@@ -1197,15 +1191,14 @@ class FusionHead(nn.Module):
 
         z = transformer(f + p), p of T positions, 6 pre-LN blocks, no mask;  mean_t(z_t + f_t)
 
-    Names and shapes are those of the official checkpoints, and so is the init of .02. Next to frame
+    Names, shapes and the init of .02 are those of the official checkpoints. Next to frame
     embeddings that are not normalised, positions of that size are nearly nothing: from there the
-    head sees the axis of a motion long before its direction, with the accuracy at one half. The toy
-    CLIPs, narrow and soon trained, start from larger values (see build_action_clip).
+    head sees the axis of a motion long before its direction, at half of the accuracy. The toy
+    CLIPs, narrow and soon trained, start from larger values.
 
-    token: a learned token with a position p_0 of its own stands before the frames, and what is
-    deployed is one vector of two read-outs. Equations (3) and (8) of deit_video.py are read() and
-    forward(): they stand here since every script can load such a head.
-    """
+    token: a learned token with a position of its own stands before the frames, and what is deployed
+    is one vector of two read-outs: read() and one_vector() are equations (3) and (8) of
+    deit_video.py, and stand here since every script can load such a head."""
 
     def __init__(self, width, heads, layers=6, std=.02, position_std=.02, token=False):
         super().__init__()
@@ -1239,9 +1232,12 @@ class FusionHead(nn.Module):
 
     def forward(self, f):
         h_token, h_frame = self.read(f)
-        if h_token is None:
-            return h_frame
-        return (F.normalize(h_token, dim=-1) + F.normalize(h_frame, dim=-1)) / 2              # (8)
+        return h_frame if h_token is None else one_vector(h_token, h_frame)
+
+
+def one_vector(h_token, h_frame):
+    """Eq. (8) of deit_video.py, what a two-headed model deploys. Two (B, D) -> (B, D)"""
+    return (F.normalize(h_token, dim=-1) + F.normalize(h_frame, dim=-1)) / 2    # (B, D)        (8)
 
 
 class MeanHead(nn.Module):
@@ -1256,32 +1252,24 @@ class ActionCLIP(nn.Module):
 
     name: of the backbone; frames: T of the checkpoint it came from, or None; size: side of the
     square frames; side: shorter side that clips are decoded to, 256 for frames of 224; width: D.
-    Pixels are normalised in here, each CLIP's own way.
-    """
+    Pixels are normalised in here, each CLIP's own way."""
 
     def __init__(self, name, clip, tokenizer, fusion_layers=6, token=False):
         super().__init__()
         self.name, self.clip, self.tokenizer, self.frames = name, clip, tokenizer, None
-        self.size = int(np.max(clip.visual.image_size))
+        self.size, self.width = int(np.max(clip.visual.image_size)), clip.text_projection.shape[1]
         self.side = round(self.size * 8 / 7)
-        with torch.no_grad():
-            self.width = clip.encode_text(tokenizer([""]), normalize=False).shape[-1]
         for key, value in (("mean", clip.visual.image_mean), ("std", clip.visual.image_std)):
             self.register_buffer(key, torch.tensor(value).view(3, 1, 1), persistent=False)
-        norm = getattr(getattr(clip, "text", clip), "ln_final", None)  # as wide as the text tower
-        heads = max(1, (self.width if norm is None else norm.weight.numel()) // 64)
-        heads = heads if self.width % heads == 0 else max(1, self.width // 64)
+        heads = max(1, clip.ln_final.weight.numel() // 64)  # one per 64 of the text tower's width
         std, position_std = (.1, .5) if name.startswith("toy-") else (.02, .02)
         self.fusion = FusionHead(self.width, heads, fusion_layers, std, position_std, token) \
             if fusion_layers else MeanHead()
-        if getattr(clip, "logit_bias", None) is not None:
-            clip.logit_bias.requires_grad_(False)  # SigLIP's; nothing here reads it
 
     def encode_frames(self, video):
         """(B, T, 3, S, S) in 0..1 -> (B, T, D)"""
         pixels = ((video - self.mean) / self.std).flatten(0, 1)
-        f = self.clip.encode_image(pixels, normalize=False)  # (B*T, D); CoCa's default is True
-        return f.unflatten(0, video.shape[:2])
+        return self.clip.encode_image(pixels).unflatten(0, video.shape[:2])
 
     def encode_video(self, video):
         """(B, T, 3, S, S) in 0..1 -> (B, D)"""
@@ -1289,8 +1277,7 @@ class ActionCLIP(nn.Module):
 
     def encode_text(self, tokens):
         """(..., L) token ids -> (..., D)"""
-        texts = [self.clip.encode_text(part, normalize=False)
-                 for part in tokens.flatten(0, -2).split(512)]
+        texts = [self.clip.encode_text(part) for part in tokens.flatten(0, -2).split(512)]
         return torch.cat(texts).unflatten(0, tokens.shape[:-1])
 
     def prompts(self, classes, templates=PROMPTS):
@@ -1309,15 +1296,9 @@ class ActionCLIP(nn.Module):
         return self.encode_video(video), self.encode_text(tokens), self.clip.logit_scale.exp()
 
     def millions(self):
-        """Parameters in millions, without the word table (token embeddings) -> {"image", "text",
-        "fusion"}"""
-        sizes = {"image": 0., "text": 0., "fusion": 0.}
-        for name, weight in self.named_parameters():
-            part = "image" if ".visual." in name else \
-                "fusion" if name.startswith("fusion.") else "text"
-            if "token_embedding" not in name:
-                sizes[part] += weight.numel() / 1e6
-        return sizes
+        """Parameters in millions, without the word table (token embeddings)"""
+        counted = [w for name, w in self.named_parameters() if "token_embedding" not in name]
+        return sum(w.numel() for w in counted) / 1e6
 
     @torch.no_grad()
     def gmac(self, frames):
@@ -1336,10 +1317,10 @@ class ActionCLIP(nn.Module):
 
 
 def build_action_clip(spec, fusion_layers=6, cache="runs/cache", token=False, checkpoint=None):
-    """ActionCLIP on the backbone NAME[:WEIGHTS] (see build_clip); fusion_layers=0: MeanHead. Where
-    WEIGHTS is an ActionCLIP checkpoint, its fusion head is loaded too, with the token if it has
-    one. checkpoint: such a file; ours name their own backbone and frames, the backbone of others is
-    that of spec. Raises BadInput."""
+    """ActionCLIP on the backbone NAME[:WEIGHTS] (see build_clip); fusion_layers=0: MeanHead. An
+    ActionCLIP checkpoint as WEIGHTS brings its fusion head, with the token if it has one.
+    checkpoint: such a file; ours name their own backbone and frames, others are of spec's. Raises
+    BadInput."""
     if checkpoint:
         saved = read_weights(checkpoint)
         if "fusion" not in saved:
@@ -1357,6 +1338,43 @@ def build_action_clip(spec, fusion_layers=6, cache="runs/cache", token=False, ch
         if model.frames not in (None, *range(1, 78)):
             raise BadInput(f"{path} says that it has {model.frames} frames; 1 to 77 are possible")
     return model
+
+
+class Task(NamedTuple):
+    """Something else to be said of a clip than its action: L labels, the sentences they are put
+    into, whether several may be true at once, and q (N, L), how likely each is in N clips."""
+    name: str
+    labels: list
+    templates: list = ("a photo of {}",)
+    multi_label: bool = False
+    q: torch.Tensor = None
+
+
+class SpatialHeads(nn.Module):
+    """A head h_k per task on the video vector: logits s_k h_k(v)^ t_k^', eq. (4) of spatial_kd.py.
+    It starts as the identity, with the scale of the model. Where several labels may be true, the
+    mean cosine is the zero of the sigmoid, since CLIP's cosines are all positive."""
+
+    def __init__(self, D, tasks, scale):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(D, D) for _ in tasks)
+        self.log_scale = nn.Parameter(torch.full((len(tasks),), math.log(scale)))
+        self.multi_label = [task.multi_label for task in tasks]
+        for head in self.heads:
+            nn.init.eye_(head.weight)
+            nn.init.zeros_(head.bias)
+
+    def forward(self, v, texts):
+        """v (B, D), texts (L_k, D) per task -> logits (B, L_k) per task"""
+        out = []
+        with torch.autocast(v.device.type, enabled=False):
+            for k, text in enumerate(texts):
+                h = F.normalize(self.heads[k](v.float()), dim=-1)
+                cosine = h @ F.normalize(text.float(), dim=-1).T                # (B, L_k)
+                if self.multi_label[k]:
+                    cosine = cosine - cosine.mean(1, keepdim=True)
+                out.append(self.log_scale[k].exp() * cosine)
+        return out
 
 
 # ---- exit networks -------------------------------------------------------------------------------
@@ -1389,10 +1407,9 @@ class ExitNet(nn.Module):
         super().__init__()
         models = torchvision.models
         known = [n for n in models.list_models(models) if re.match(r"(wide_)?resne(t|xt)\d", n)]
-        if name != "toy" and name not in known:
-            raise BadInput(f"unknown network {name}; there are toy, {', '.join(known)}")
-        if imagenet and name == "toy":
-            raise BadInput("the toy network has no ImageNet weights")
+        if name not in [*known, *([] if imagenet else ["toy"])]:
+            raise BadInput(f"network {name}: there are {', '.join(known)} and, without ImageNet's "
+                           f"weights, toy")
         try:
             net = _toy_resnet() if name == "toy" else models.get_model(
                 name, weights="DEFAULT" if imagenet else None)

@@ -4,47 +4,48 @@ Soufleri, Ravikumar, Roy: "Advancing Compressed Video Action Recognition through
 Knowledge Distillation", arXiv 2407.02713: training (inference is in wise_infer.py). Class scores of
 whole networks go into early exits of the same networks, one teacher after the other.
 
-The idea. A compressed file holds few whole pictures (I-frames); the frames between are stored as
-motion and as a residual, and each of the three feeds a network of its own, as in CoViAR (Wu et al.,
-CVPR 2018). Behind layer1, 2 and 3 of a network sit exits. The networks are trained first and then
-frozen; the exits learn from a teacher's class scores. Networks on I-frames, the paper says, end in
-flatter minima than those on residuals, and these in flatter ones than those on motion: so the
-teachers come from the sharpest to the flattest, "progressive" (PKD). The orders take this apart:
-labels alone, the reverse, the I-frames' network all the time, each in the same number of steps.
+A compressed file holds few whole pictures (I-frames); the frames between are stored as motion and a
+residual. Each of the three feeds a network of its own, as in CoViAR (Wu et al., CVPR 2018), with
+exits behind layer1, 2 and 3. The networks are trained first, by labels, and then frozen; the exits
+learn from a teacher's class scores. Networks on I-frames, the paper says, end in flatter minima
+than those on residuals, and these in flatter ones than those on motion: so the teachers come from
+the sharpest minimum to the flattest, "progressive" (PKD). Beside it: labels alone, the reverse
+order, the I-frames' network all the time, each in the same number of steps.
 
-For labels y, temperature tau, logits z_k of exit k = 1..3, and z_mv, z_r, z_i of the whole networks
-(exit 4), each the mean over the S segments of a clip (the consensus); B clips, K classes:
+B clips with labels y, K classes; z_k (B, K): logits of exit k = 1..3, z_mv, z_r, z_i those of the
+whole networks (exit 4), each the mean over the S segments of a clip (the consensus).
   (1) exits_loss          ce:  sum_k CE(z_k, y), mean over B
   (2) soft_cross_entropy  others: sum_k -1/B sum_b sum_c softmax(z_t/tau)_c log softmax(z_k/tau)_c,
                           sum over K, mean over B, no tau^2 and no labels; tau 1
   (3) teacher_at          t over the steps of a run:  progressive  mv 1/6, r 1/6, third 4/6
                           anti, the reverse  third 4/6, r 1/6, mv 1/6;    iframe  i all the time
                           third: the network that the exits sit on (self), or i
-An exit's gradient stays in that exit: exits share no weight, and what they sit on is frozen. So the
-sum over k trains each alone, and whatever is frozen is computed once per clip and crop and kept.
+The gradient of an exit stays in that exit, since exits share no weight and the networks are frozen:
+the sum over k trains each alone. Test clips get the class of the largest z_k.
+Schedule: AdamW, lr 1e-3 (toys 3e-3), weight decay .01; linear warm-up in the first tenth of the
+steps, cosine to 0; networks 120 epochs (toys 24), then exits 60 (toys 24); batch 32.
 
   python pkd_compressed.py                     toy clips, ce and progressive, 3 minutes on 2 CPUs
   python pkd_compressed.py --order all --flatness
   python pkd_compressed.py --data HMDB51 --reencode --imagenet --batch-size 64
   python pkd_compressed.py --data weizmann --size 112 --networks toy toy toy --epochs 200
 
-The plain command printed (2 cores of an x86_64 CPU, torch 2.15.0, caches included):
+The plain command printed (2 cores of an x86_64 CPU, torch 2.15.0):
 RESULT pkd_compressed data=toy split=1 seed=0 mv4=0.5958 r4=0.8250 i4=0.9125
   ce-mv1=0.6500 ce-mv2=0.6083 ce-mv3=0.6208 ce-r1=0.8167 ce-r2=0.8375 ce-r3=0.8208
   ce-i1=0.8083 ce-i2=0.8583 ce-i3=0.9083 progressive-mv1=0.5917 progressive-mv2=0.5792
   progressive-mv3=0.6000 progressive-r1=0.8083 progressive-r2=0.8208 progressive-r3=0.8208
   progressive-i1=0.8083 progressive-i2=0.8875 progressive-i3=0.9125 seconds=151
 
-Differs from the paper, of which the abstract was at hand, and from its code, which no longer runs:
- 1. The code gives progressive 300 epochs and the others 150; here all have the same steps. The
-    third teacher is `self` in the code, the I-frames' in the paper; here it is a flag.
- 2. What is frozen is frozen: BatchNorm does not move. Reported is the last epoch, all exits in one
-    checkpoint; the code takes each exit's best epoch on the test list.
- 3. One crop and one flip for all streams, for exits and teachers; the code draws each anew.
- 4. Exits see a few fixed crops (--crops), so that what is frozen can be kept. AdamW, cosine.
- 5. Motion and residuals are read as common.py says: quarter pixels kept, residuals not clipped.
- 6. --holdout keeps clips out of all training: wise_infer.py fits its weights on them, not on
-    training logits as the code does.
+Differs from the paper (its abstract) and from its code: the code gives progressive 300 epochs and
+the others 150, and anti thirds, not sixths; its third teacher is self and runs on batch statistics,
+the paper's is i; its networks start from Kinetics weights that were never released, and BatchNorm
+moves in the "frozen" ones; its exits' linear bias is not trained; it reports each exit's best epoch
+on the test list, here it is the last. One crop and flip serve all streams and teachers, from a few
+fixed crops (--crops), and the test view is the middle square. Motion and residuals are read as
+common.py says; copies have I-frames at scene cuts, too, and exits see P-frames by segment, not by
+group. A fifth of the training clips is held out for wise_infer.py: no figure here compares with
+the paper's.
 """
 import argparse
 import functools
@@ -52,10 +53,9 @@ import itertools
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
-import zlib
+import timeit
 from pathlib import Path
 
 import av
@@ -71,32 +71,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from common import (
-    BadInput,
-    BadVideo,
-    ClipOrder,
-    Clips,
-    Coded,
-    ExitNet,
-    clip_loader,
-    compressed_view,
-    exit_heads,
-    exit_logits,
-    mirrors,
-    modalities,
-    note_bad,
-    read_data,
-    reencode,
-    video_index,
-    warp,
-)
+import common
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if GPU else torch.device("cpu")
+MACHINE = torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU"
+STREAMS, ORDERS = ("mv", "r", "i"), ("ce", "progressive", "anti", "iframe")
 
 # ---- the method: eqs. (1)-(3) --------------------------------------------------------------------
 
 
 def soft_cross_entropy(student, teacher, tau):
     """Eq. (2) for one exit. Logits (B, K) and (B, K) -> scalar"""
-    B, K = student.shape
     p = (teacher / tau).softmax(1)                                              # (B, K)
     log_q = (student / tau).log_softmax(1)                                      # (B, K)
     return -(p * log_q).sum(1).mean()                                           # ()            (2)
@@ -123,10 +110,7 @@ def exits_loss(z, labels, z_t, tau):
     return sum(soft_cross_entropy(z_k, z_t, tau) for z_k in z)                  # ()            (2)
 
 
-# ---- the rest is plumbing: training, testing, measuring, keeping record --------------------------
-
-STREAMS = ("mv", "r", "i")
-ORDERS = ("ce", "progressive", "anti", "iframe")
+# ---- the rest is plumbing: networks and what they see --------------------------------------------
 
 
 class Streams(nn.Module):
@@ -134,8 +118,9 @@ class Streams(nn.Module):
 
     def __init__(self, names, classes, imagenet):
         super().__init__()
-        self.nets = nn.ModuleDict({stream: ExitNet(stream, name, classes, imagenet)
-                                   for stream, name in zip(STREAMS, names, strict=True)})
+        self.nets = nn.ModuleDict()
+        for stream, name in zip(STREAMS, names, strict=True):
+            self.nets[stream] = common.ExitNet(stream, name, classes, imagenet)
 
     def forward(self, x):
         return {stream: self.nets[stream](x[stream]) for stream in x}
@@ -150,42 +135,42 @@ class Exits(nn.Module):
         self.heads = nn.ModuleDict()
         for order in orders:
             torch.manual_seed(seed + 1)
-            self.heads[order] = nn.ModuleDict({stream: exit_heads(net, classes)
-                                               for stream, net in streams.nets.items()})
+            self.heads[order] = nn.ModuleDict()
+            for stream, net in streams.nets.items():
+                self.heads[order][stream] = common.exit_heads(net, classes)
 
     def forward(self, maps, S):
-        return {order: {stream: [head(f, S) for head, f in zip(heads[stream], maps[stream],
-                                                               strict=True)] for stream in maps}
-                for order, heads in self.heads.items()}
+        out = {}
+        for order, heads in self.heads.items():
+            out[order] = {}
+            for stream, held in maps.items():
+                pairs = zip(heads[stream], held, strict=True)
+                out[order][stream] = [head(f, S) for head, f in pairs]
+        return out
 
 
-class FixedCrops(Clips):
+class FixedCrops(common.Clips):
     """Training clips as the exits see them: epoch e sees crop e % crops of each clip. The frames
-    and crops of stage 0 are others."""
+    and crops of the networks' own training are others."""
     crops = 1
 
     def __getitem__(self, key):
         return super().__getitem__((10 ** 6 + key[0] % self.crops, key[1]))
 
 
-def see(batch, size, mirror, seed, device, train=True):
-    """A batch as the networks see it: {stream: (B, S, C, size, size)}"""
-    clips = [Coded(*(part.to(device, non_blocking=True) for part in coded[:3]), coded.size)
-             for coded in batch.video if coded is not None]
-    if not train:
-        return compressed_view(clips, size)
-    rngs = [np.random.default_rng([seed, *key, 2]) for key in batch.key]
-    return compressed_view(clips, size, rngs, [mirror[label] for label in batch.label])
+def see(batch, args, mirror=None):
+    """A batch as the networks see it, cropped and flipped at random where `mirror`, bool per class,
+    is given. -> {stream: (B, S, C, size, size)}"""
+    clips = [coded.to(DEVICE) for coded in batch.video]
+    if mirror is None:
+        return common.compressed_view(clips, args.size)
+    rngs = [np.random.default_rng([args.seed, *key, 2]) for key in batch.key]
+    return common.compressed_view(clips, args.size, rngs, [mirror[k] for k in batch.label])
 
 
-def example(stream, args, device):
-    """One clip of noise as the stream's network sees it: (1, S, C, size, size)"""
-    return torch.rand(1, args.segments, 2 if stream == "mv" else 3, args.size, args.size,
-                      device=device)
+# ---- training ------------------------------------------------------------------------------------
 
-
-def autocast(device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+autocast = functools.partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=GPU)
 
 
 def adamw(module, lr, steps):
@@ -200,613 +185,455 @@ def adamw(module, lr, steps):
         CosineAnnealingLR(optimizer, max(1, steps - warm))], [warm])
 
 
-def save(state, path):
-    """Write a checkpoint under another name and rename it: a kill leaves the old one or the new."""
-    torch.save(state, f"{path}.part")
-    os.replace(f"{path}.part", path)
+def keep(row, rows, epochs, path, flags, about, parts):
+    """The end of an epoch: log its row, and write the state of `parts`, {name: module or
+    optimizer}, to `path`, renamed into place: a kill leaves the old checkpoint or the new one."""
+    rows.append(row)
+    if len(rows) == epochs:
+        parts = {name: part for name, part in parts.items() if hasattr(part, "parameters")}
+    if RANK == 0:
+        cells = [f"{k} {x:.4f}" if isinstance(x, float) else f"{k} {x}" for k, x in row.items()]
+        print("  ".join(cells), flush=True)
+        state = {name: part.state_dict() for name, part in parts.items()}
+        torch.save({**about, **state, "rows": rows, "flags": flags}, f"{path}.part")
+        os.replace(f"{path}.part", path)
 
 
-def listed_names(clips):
-    """By these a checkpoint knows its clips: the end of their paths, and their size in bytes."""
-    return [f"{'/'.join(Path(path).parts[-3:])} {os.path.getsize(path)}" for path, _ in clips]
+def resume(path, flags, parts):
+    """Load what a killed run has left -> its rows of the log. Raises BadInput where its flags or
+    clips were others."""
+    saved = torch.load(path, map_location=DEVICE, weights_only=True)
+    other = [f"{key} {value}, now {flags[key]}" for key, value in saved["flags"].items()
+             if flags[key] != value and key not in ("resume", "workers", "out")]
+    if other:
+        raise common.BadInput(f"--resume: the run of {path} had {'; '.join(other)}")
+    for name, part in parts.items():
+        if name in saved:  # a finished run has left no optimizer
+            part.load_state_dict(saved[name])
+    return saved["rows"]
 
 
-def hold_out(train, share, seed):
-    """Keep that share of every class's training clips for wise_infer.py -> the rest, and those."""
-    rng, held = np.random.default_rng([seed, 7]), set()
-    for k in sorted({label for _, label in train}):
-        own = list(dict.fromkeys(path for path, label in train if label == k))
-        held |= set(rng.permutation(own)[:min(len(own) - 1, round(share * len(own)))].tolist())
-    return ([clip for clip in train if clip[0] not in held],
-            [clip for clip in train if clip[0] in held])
+def average(x, module):
+    """Sums over batches -> their mean over processes, as a list. BatchNorm's statistics become
+    those of process 0: DDP copies them before a step, not after the last one."""
+    if WORLD > 1:
+        dist.all_reduce(x)
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+    return (x / WORLD).tolist()
 
 
-def refuse_unfit(data, args):
-    """Raises BadInput where clips' vectors cannot be followed. Broken files: see note_bad."""
-    unfit = []
-    for path, _ in data.train + data.test:
-        try:
-            if why := video_index(path).unfit:
-                unfit.append(f"{path}: {why}")
-        except BadVideo:
-            pass
-    if unfit:
-        raise BadInput(f"{len(unfit)} of {len(data.train + data.test)} clips cannot serve as they "
-                       f"are, first {unfit[0]}. To work on a copy in MPEG-4 with I- and P-frames "
-                       f"alone, say: pkd_compressed.py --data {args.data} --reencode")
-
-
-def train_streams(streams, saved, data, mirror, args, place, log, bad, keep):
-    """Stage 0: the three networks, each by the cross entropy of its consensus. They share nothing
-    but the batches, which are decoded once for all three."""
-    device, rank, world = place
-    clips = Clips(data.train, args.segments, None, "coded", train=True, seed=args.seed)
-    batch_size = min(args.batch_size, len(clips)) // world * world
-    loader = clip_loader(clips, batch_size, args.workers, rank, world)
+def train_streams(streams, data, mirror, args, flags, run, log):
+    """The three networks, each by the cross entropy of its consensus, on the same batches."""
+    clips = common.Clips(data.train, args.segments, None, "coded", train=True, seed=args.seed,
+                         copies=args.copies)
+    loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
     optimizer, schedule = adamw(streams, args.lr, args.epochs * len(loader))
-    if saved:
-        optimizer.load_state_dict(saved["optimizer_state"])
-        schedule.load_state_dict(saved["schedule_state"])
-    wrapped = nn.parallel.DistributedDataParallel(streams) if world > 1 else streams
-    for epoch in range(len(log), args.epochs):
-        began, sums = time.time(), torch.zeros(6, device=device)
-        loader.batch_sampler.epoch = epoch
+    parts = {"streams": streams, "optimizer": optimizer, "schedule": schedule}
+    path = run / "streams-last.pt"
+    rows = resume(path, flags, parts) if args.resume and path.exists() else []
+    wrapped = nn.parallel.DistributedDataParallel(streams) if WORLD > 1 else streams
+    for epoch in range(len(rows), args.epochs):
+        began, sums = time.time(), torch.zeros(3, device=DEVICE)
+        loader.order.epoch = epoch
         streams.train()
         for batch in tqdm(loader, f"streams {epoch + 1}/{args.epochs}", leave=False, disable=None):
-            note_bad(bad, batch, clips)
-            labels = torch.tensor(batch.label, device=device)
-            with autocast(device):
-                out = wrapped(see(batch, args.size, mirror, args.seed, device))
-            z = [out[stream][1].float() for stream in STREAMS]
-            losses = torch.stack([F.cross_entropy(z_s, labels) for z_s in z])
+            labels = torch.tensor(batch.label, device=DEVICE)                   # (B/W,)
+            with autocast():
+                out = wrapped(see(batch, args, mirror))
+            losses = [F.cross_entropy(out[stream][1].float(), labels) for stream in STREAMS]
+            losses = torch.stack(losses)                                        # (3,)
             losses.sum().backward()
             for net in streams.nets.values():
                 nn.utils.clip_grad_norm_(net.parameters(), 1.)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            hits = torch.stack([(z_s.argmax(1) == labels).float().mean() for z_s in z])
-            sums += torch.cat([losses.detach(), hits]) / len(loader)
-        if world > 1:
-            dist.all_reduce(sums)
-        numbers = (sums / world).tolist()
-        log.append({"stage": "streams", "epoch": epoch + 1,
-                    "loss": dict(zip(STREAMS, numbers[:3], strict=True)),
-                    "top1_train": dict(zip(STREAMS, numbers[3:], strict=True)),
-                    "clips_per_s": len(loader) * batch_size / (time.time() - began)})
-        if not rank:
-            print(f"streams  epoch {epoch + 1:3} " + "".join(
-                f"  {stream} {log[-1]['loss'][stream]:7.4f} ({log[-1]['top1_train'][stream]:.3f})"
-                for stream in STREAMS) + f"  {log[-1]['clips_per_s']:6.1f} clips/s", flush=True)
-            keep(streams_state=streams.state_dict(), optimizer_state=optimizer.state_dict(),
-                 schedule_state=schedule.state_dict())
+            sums += losses.detach() / len(loader)
+        terms = dict(zip(STREAMS, average(sums, streams), strict=True))
+        speed = len(loader) * loader.order.batch / (time.time() - began)
+        row = {"stage": "streams", "epoch": epoch + 1, **terms, "clips_per_s": speed}
+        keep(row, rows, args.epochs, path, flags, {}, parts)
+    log += rows
 
 
-def same_buffers(module, world):
-    """BatchNorm's statistics of process 0 for all: DDP copies them before a step, not after the
-    last one."""
-    for buffer in module.buffers() if world > 1 else []:
-        dist.broadcast(buffer, 0)
+def run_frozen(streams, batch, mirror, args):
+    """-> labels (B,), {stream: maps of exits 1-3}, {stream: logits (B, K)} of a batch"""
+    with torch.no_grad(), autocast():
+        out = streams(see(batch, args, mirror))
+    maps = {stream: [f.float() for f in held] for stream, (held, _) in out.items()}
+    z = {stream: z.float() for stream, (_, z) in out.items()}
+    return torch.tensor(batch.label, device=DEVICE), maps, z
 
 
-class Kept:
-    """What is constant in stage 1, computed once: labels (N,) and all logits (N, K), and of the
-    streams that fit the maps of exits 1-3 (N, S, c, h, w), fp16, in files mapped into memory.
-    N counts crops x clips, crop by crop; a clip that could not be decoded is replaced as always."""
-
-    def __init__(self, streams, clips, mirror, args, place, run, bad):
-        device, rank, world = place
-        rows, K = args.crops * len(clips), streams.nets["i"].fc.out_features
-        self.clips, self.crops = len(clips), args.crops
-        loader = clip_loader(clips, args.batch_size, args.workers, rank, world)
-        loader.batch_sampler.train = False  # every clip once
-        shapes = {}
-        with torch.no_grad():
-            for stream, net in streams.nets.items():
-                shapes[stream] = [f.shape for f in net(example(stream, args, device))[0]]
-        left, said, self.maps, self.files = args.cache_gb * 1e9, [], {}, []
-        self.labels = torch.zeros(rows, dtype=torch.long, device=device)
-        self.logits = {stream: torch.zeros(rows, K, device=device) for stream in STREAMS}
-        for stream in STREAMS:
-            need = 2 * rows * sum(shape.numel() for shape in shapes[stream])
-            said.append(f"{stream} {need / 1e9:.2f} GB{'' if need <= left else ' (not kept)'}")
-            if need <= left:
-                left -= need
-                self.files += [run / f"maps-{stream}{k + 1}.fp16" for k in range(3)]
-                self.maps[stream] = [torch.from_file(
-                    str(file), True, rows * shape.numel(), dtype=torch.float16).view(rows, *shape)
-                    for file, shape in zip(self.files[-3:], shapes[stream], strict=True)]
-        if not rank:
-            print(f"keeping {rows} x logits, and feature maps, at most {args.cache_gb:g} GB: "
-                  + ", ".join(said), flush=True)
-        for crop in range(args.crops):
-            loader.batch_sampler.epoch = crop
-            for batch in tqdm(loader, f"crop {crop + 1}/{args.crops}", leave=False, disable=None):
-                note_bad(bad, batch, clips)
-                at = torch.tensor([crop * len(clips) + i for _, i in batch.key])
-                with torch.no_grad(), autocast(device):
-                    out = streams(see(batch, args.size, mirror, args.seed, device))
-                self.labels[at.to(device)] = torch.tensor(batch.label, device=device)
-                for stream, (maps, z) in out.items():
-                    self.logits[stream][at.to(device)] = z.float()
-                    for kept, f in zip(self.maps.get(stream, []), maps, strict=False):
-                        kept[at] = f.unflatten(0, (-1, args.segments)).half().cpu()
-        if world > 1:  # each process has filled in its own clips
-            for tensor in (self.labels, *self.logits.values()):
-                dist.all_reduce(tensor)
-            dist.barrier()
-
-    def look_up(self, keys, stream, device):
-        """-> maps of exits 1 to 3 for keys (epoch, index), (B*S, c, h, w), or None"""
-        at = self.rows(keys)
-        return [f[at].flatten(0, 1).to(device).float() for f in self.maps[stream]] \
-            if stream in self.maps else None
-
-    def rows(self, keys):
-        return torch.tensor([epoch % self.crops * self.clips + i for epoch, i in keys])
+def feature_cache(streams, clips, mirror, args, data):
+    """What run_frozen says of every clip and crop, row crop * N + clip, in memory, maps in fp16; or
+    None where that takes more than --cache-gb. Each process of torchrun keeps all of it."""
+    loader = common.ClipLoader(clips, args.batch_size, args.workers, 0, 1, data.bad)
+    loader.order.train = False  # every clip once, in the order of the list
+    rows, found = args.crops * len(clips), []
+    for crop in range(args.crops):
+        loader.order.epoch = crop
+        for batch in tqdm(loader, f"crop {crop + 1}/{args.crops}", leave=False, disable=None):
+            labels, maps, z = run_frozen(streams, batch, mirror, args)
+            room = 2e-9 * rows * sum(f.numel() for f in itertools.chain(*maps.values())) / len(labels)
+            if room > args.cache_gb:
+                print(f"the features take {room:.0f} GB, more than --cache-gb: every epoch decodes "
+                      f"anew", flush=True)
+                return None
+            for stream, held in maps.items():
+                maps[stream] = [f.unflatten(0, (-1, args.segments)).half().cpu() for f in held]
+            found.append((labels, maps, z))
+    maps, z = {}, {}
+    for s in STREAMS:
+        z[s] = torch.cat([row[2][s] for row in found])                          # (rows, K)
+        maps[s] = [torch.cat([row[1][s][k] for row in found]) for k in range(3)]  # (rows, S, c, h, w)
+    return torch.cat([row[0] for row in found]), maps, z
 
 
-def train_exits(streams, exits, saved, data, mirror, args, place, run, log, bad, keep):
-    """Stage 1: all exits of all orders, by eqs. (1)-(3), on the same batches."""
-    device, rank, world = place
-    streams.eval().requires_grad_(False)  # frozen, BatchNorm too
-    clips = FixedCrops(data.train, args.segments, None, "coded", train=True, seed=args.seed)
-    clips.crops = args.crops
-    batch_size = min(args.batch_size, len(clips)) // world * world
-    order_of_clips = ClipOrder(len(clips), batch_size, True, args.seed, rank, world)
-    steps = args.exit_epochs * len(order_of_clips)
-    optimizer, schedule = adamw(exits, args.lr, steps)
-    if saved:
-        optimizer.load_state_dict(saved["optimizer_state"])
-        schedule.load_state_dict(saved["schedule_state"])
-    done = sum(row["stage"] == "exits" for row in log)
-    if done == args.exit_epochs:
+def frozen_batches(streams, loader, cache, mirror, args):
+    """What exits train on, batch by batch: labels, maps and logits as in run_frozen, from the cache
+    where there is one."""
+    if cache is None:
+        for batch in loader:
+            yield run_frozen(streams, batch, mirror, args)
         return
-    kept = Kept(streams, clips, mirror, args, place, run, bad) if args.cache_gb else None
-    live = [stream for stream in STREAMS if not kept or stream not in kept.maps]
-    loader = clip_loader(clips, batch_size, args.workers, rank, world) if live else None
-    wrapped = nn.parallel.DistributedDataParallel(exits) if world > 1 else exits
-    for epoch in range(done, args.exit_epochs):
-        began, sums = time.time(), torch.zeros(2, len(args.order), 3, device=device)
-        for sampler in (order_of_clips, *([loader.batch_sampler] if live else [])):
-            sampler.epoch = epoch
+    labels, maps, z = cache
+    for keys in loader.order:
+        at = torch.tensor([epoch % args.crops * len(loader.dataset) + i for epoch, i in keys])
+        held = {s: [f[at].flatten(0, 1).to(DEVICE).float() for f in maps[s]] for s in STREAMS}
+        at = at.to(DEVICE)
+        yield labels[at], held, {s: z[s][at] for s in STREAMS}
+
+
+def train_exits(streams, exits, data, mirror, args, flags, about, run, log):
+    """All exits of all orders, by eqs. (1)-(3), on the same batches. RUN/last.pt is what
+    wise_infer.py reads."""
+    streams.eval().requires_grad_(False)  # frozen, BatchNorm too
+    clips = FixedCrops(data.train, args.segments, None, "coded", train=True, seed=args.seed,
+                       copies=args.copies)
+    clips.crops = args.crops
+    loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
+    steps = args.exit_epochs * len(loader)
+    optimizer, schedule = adamw(exits, args.lr, steps)
+    parts = {"streams": streams, "exits": exits, "optimizer": optimizer, "schedule": schedule}
+    path = run / "last.pt"
+    rows = resume(path, flags, parts) if args.resume and path.exists() else []
+    missing = len(rows) < args.exit_epochs
+    cache = feature_cache(streams, clips, mirror, args, data) if missing else None
+    wrapped = nn.parallel.DistributedDataParallel(exits) if WORLD > 1 else exits
+    names = [f"{order}-{stream}" for order, stream in itertools.product(args.order, STREAMS)]
+    for epoch in range(len(rows), args.exit_epochs):
+        began, sums = time.time(), torch.zeros(len(names), device=DEVICE)
+        loader.order.epoch = epoch
         exits.train()
-        pairs = zip(order_of_clips, loader or itertools.repeat(None), strict=False)
-        for i, (keys, batch) in enumerate(tqdm(pairs, f"exits {epoch + 1}/{args.exit_epochs}",
-                                               len(order_of_clips), False, disable=None)):
-            step = epoch * len(order_of_clips) + i
-            maps, z_t = {}, {}
-            if live:
-                note_bad(bad, batch, clips)
-                x = see(batch, args.size, mirror, args.seed, device)
-                with torch.no_grad(), autocast(device):
-                    out = streams({stream: x[stream] for stream in live})
-                for stream, (held, z) in out.items():
-                    maps[stream], z_t[stream] = [f.float() for f in held], z.float()
-                labels = torch.tensor(batch.label, device=device)
-            if kept:
-                at = kept.rows(keys).to(device)
-                labels, z_t = kept.labels[at], {s: kept.logits[s][at] for s in STREAMS}
-                maps |= {s: kept.look_up(keys, s, device) for s in kept.maps}
-            with autocast(device):
-                out = wrapped({stream: maps[stream] for stream in STREAMS}, args.segments)
-            total = 0.
-            for o, order in enumerate(args.order):
-                for s, stream in enumerate(STREAMS):
-                    z = [z_k.float() for z_k in out[order][stream]]             # (B, K) each
-                    who = teacher_at(step, steps, order, stream, args.third_teacher)
-                    loss = exits_loss(z, labels, z_t.get(who), args.tau)
-                    total = total + loss
-                    said = labels if who is None else z_t[who].argmax(1)
-                    agree = sum((z_k.argmax(1) == said).float().mean() for z_k in z) / len(z)
-                    sums[:, o, s] += torch.stack([loss.detach(), agree]) / len(order_of_clips)
-            total.backward()
+        batches = tqdm(frozen_batches(streams, loader, cache, mirror, args), f"exits {epoch + 1}/"
+                       f"{args.exit_epochs}", len(loader), leave=False, disable=None)
+        for i, (labels, maps, z_t) in enumerate(batches):
+            step, losses = epoch * len(loader) + i, []
+            with autocast():
+                out = wrapped(maps, args.segments)
+            for order, stream in itertools.product(args.order, STREAMS):
+                z = [z_k.float() for z_k in out[order][stream]]                 # (B, K) each
+                who = teacher_at(step, steps, order, stream, args.third_teacher)
+                losses.append(exits_loss(z, labels, z_t.get(who), args.tau))
+            sum(losses).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-        if world > 1:
-            dist.all_reduce(sums)
-        losses, agreement = (sums / world).tolist()
-        log.append({"stage": "exits", "epoch": epoch + 1, "order": {
-            order: {"teacher": {s: teacher_at(step, steps, order, s, args.third_teacher) or "labels"
-                                for s in STREAMS},
-                    "loss": dict(zip(STREAMS, losses[o], strict=True)),
-                    "agreement": dict(zip(STREAMS, agreement[o], strict=True))}
-            for o, order in enumerate(args.order)},
-            "clips_per_s": len(order_of_clips) * batch_size / (time.time() - began)})
-        if not rank:
-            print(f"exits    epoch {epoch + 1:3}   " + "   ".join(
-                f"{order} {'/'.join(row['teacher'].values())} " + " ".join(
-                    f"{x:.3f}" for x in row["loss"].values())
-                for order, row in log[-1]["order"].items())
-                + f"  {log[-1]['clips_per_s']:6.1f} clips/s", flush=True)
-            keep(streams_state=streams.state_dict(), optimizer_state=optimizer.state_dict(),
-                 schedule_state=schedule.state_dict(), exits_state={
-                     order: heads.state_dict() for order, heads in exits.heads.items()})
-    if world > 1:
-        dist.barrier()
-    for file in kept.files if kept and not rank else []:
-        file.unlink(missing_ok=True)
+            sums += torch.stack(losses).detach() / len(loader)
+        terms = dict(zip(names, average(sums, exits), strict=True))
+        who = functools.partial(teacher_at, step, steps, stream="self", third=args.third_teacher)
+        teachers = {order: str(who(order=order)) for order in args.order}
+        speed = len(loader) * loader.order.batch / (time.time() - began)
+        row = {"stage": "exits", "epoch": epoch + 1, **teachers, **terms, "clips_per_s": speed}
+        keep(row, rows, args.exit_epochs, path, flags, about, parts)
+    log += rows
+
+
+# ---- testing and measuring -----------------------------------------------------------------------
 
 
 @torch.no_grad()
-def evaluate(streams, exits, data, args, place, bad):
-    """Top-1 of every exit on every test clip; one that cannot be decoded goes into `bad` and counts
-    as wrong. -> {order: {stream: [exit 1, 2, 3, 4]}}, number of clips"""
-    device, rank, world = place
-    streams.eval(), exits.eval()
-    clips = Clips(data.test, args.segments, None, "coded")
-    hits = torch.zeros(len(args.order), 3, 4, device=device)
-    count = torch.zeros(1, device=device)
-    for batch in tqdm(clip_loader(clips, args.batch_size, args.workers, rank, world), "test",
-                      leave=False, disable=None):
-        note_bad(bad, batch, clips)
-        count += len(batch.label)
-        labels = torch.tensor([label for label, video in zip(batch.label, batch.video, strict=True)
-                               if video is not None], device=device)
-        if not len(labels):
-            continue
-        with autocast(device):
-            out = streams(see(batch, args.size, None, args.seed, device, train=False))
-            z = exits({stream: maps for stream, (maps, _) in out.items()}, args.segments)
+def evaluate(streams, exits, data, args):
+    """Top-1 of every exit on every test clip -> {order: {stream: [exit 1, 2, 3, 4]}}"""
+    streams.eval()
+    exits.eval()
+    clips = common.Clips(data.test, args.segments, None, "coded", copies=args.copies)
+    loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
+    hits = torch.zeros(len(args.order), 3, 4, device=DEVICE)
+    for batch in tqdm(loader, "test", leave=False, disable=None):
+        labels, maps, z_4 = run_frozen(streams, batch, None, args)
+        with autocast():
+            z = exits(maps, args.segments)
         for o, order in enumerate(args.order):
             for s, stream in enumerate(STREAMS):
-                for k, z_k in enumerate([*z[order][stream], out[stream][1]]):
+                for k, z_k in enumerate([*z[order][stream], z_4[stream]]):
                     hits[o, s, k] += (z_k.argmax(1) == labels).sum()
-    if world > 1:
-        dist.all_reduce(hits), dist.all_reduce(count)
-    shares = (hits / count).tolist()
-    return {order: dict(zip(STREAMS, shares[o], strict=True))
-            for o, order in enumerate(args.order)}, int(count.item())
+    if WORLD > 1:
+        dist.all_reduce(hits)
+    shares = (hits / len(clips)).tolist()
+    return {order: dict(zip(STREAMS, shares[o], strict=True)) for o, order in enumerate(args.order)}
 
 
-def median_ms(function, device):
-    """Median time of a call in ms, of 20 calls or a second's worth, after 3 to warm up; on a GPU by
-    CUDA's own events."""
-    times, began = [], time.perf_counter()
-    while len(times) < 23 or (time.perf_counter() - began < 1 and len(times) < 500):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            function()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            start = time.perf_counter()
-            function()
-            times.append((time.perf_counter() - start) * 1e3)
-    return float(np.median(times[3:]))
+def milliseconds(function):
+    """Median time of a call whose result comes to the CPU, so that a GPU has finished"""
+    for _ in range(3):
+        function()
+    return 1e3 * float(np.median(timeit.repeat(function, repeat=20, number=1)))
 
 
 @torch.no_grad()
-def costs(streams, exits, args, device):
-    """What a clip costs up to each exit, with the exits before it: {stream: [(GMAC, ms) x 4]}"""
+def costs(streams, exits, args):
+    """What a clip costs up to each exit, with the exits before it -> {stream: [(GMAC, ms) x 4]}"""
     found, heads = {}, exits.heads[args.order[0]]
-    for stream, net in streams.nets.items():
-        x, found[stream] = example(stream, args, device), []
-
-        def run(k, net=net, own=heads[stream], x=x):
-            return list(itertools.islice(exit_logits(net, own, x), k))
-
-        for k in (1, 2, 3, 4):
-            with FlopCounterMode(display=False) as counter:
-                run(k)
-            found[stream].append((counter.get_total_flops() / 2e9,
-                                  median_ms(functools.partial(run, k), device)))
-    return found
-
-
-def flatness(streams, data, args, device, bad, clips=128, probes=30, sizes=(.01, .03, .1)):
-    """How flat the minimum is that each network sits in, on some training clips in the test view:
-    the trace of the Hessian of the cross entropy by Hutchinson's estimate E[v H v], v of +1 and -1,
-    and how much the loss rises when each tensor w gets size |w| u / |u| added, u normal; mean and
-    standard error over the probes. BatchNorm uses its running statistics. -> {stream: numbers}"""
-    chosen = np.random.default_rng(args.seed).permutation(len(data.train))[:clips]
-    part = Clips([data.train[i] for i in chosen], args.segments, None, "coded")
-    batches, found = [], {}
-    for batch in clip_loader(part, args.batch_size, args.workers):
-        note_bad(bad, batch, part)
-        labels = [label for label, video in zip(batch.label, batch.video, strict=True)
-                  if video is not None]
-        if labels:
-            batches.append((see(batch, args.size, None, 0, device, train=False),
-                            torch.tensor(labels, device=device)))
-    count = sum(len(labels) for _, labels in batches)
     for stream, net in streams.eval().nets.items():
-        generator = torch.Generator(device).manual_seed(args.seed)
-        weights = [w for w in net.parameters() if w.requires_grad]
+        x = torch.rand(1, args.segments, 2 if stream == "mv" else 3, args.size, args.size)
+        found[stream] = []
+        for k in (1, 2, 3, 4):
+            def run(k=k, net=net, own=heads[stream], x=x.to(DEVICE)):
+                return [z.cpu() for z in itertools.islice(common.exit_logits(net, own, x), k)]
 
-        def losses(net=net, stream=stream):
-            for x, labels in batches:
-                yield F.cross_entropy(net(x[stream])[1], labels) * len(labels) / count
-
-        def noise(w, generator=generator):
-            return torch.randn(w.shape, generator=generator, device=device)
-
-        traces, rises = [], {size: [] for size in sizes}
-        for _ in range(probes):
-            v = [noise(w).sign() for w in weights]
-            traces.append(0.)
-            for loss in losses():
-                slope = torch.autograd.grad(loss, weights, create_graph=True)
-                slope = sum((g * v_w).sum() for g, v_w in zip(slope, v, strict=True))
-                Hv = torch.autograd.grad(slope, weights)
-                traces[-1] += sum((h * v_w).sum() for h, v_w in zip(Hv, v, strict=True)).item()
-        with torch.no_grad():
-            base, before = sum(losses()).item(), [w.clone() for w in weights]
-            for size, _ in itertools.product(sizes, range(probes)):
-                for w, old in zip(weights, before, strict=True):
-                    u = noise(w)
-                    w += size * old.norm() * u / u.norm()
-                rises[size].append(sum(losses()).item() - base)
-                for w, old in zip(weights, before, strict=True):
-                    w.copy_(old)
-        found[stream] = {"loss": base, "parameters": sum(w.numel() for w in weights) / 1e6,
-                         "trace": mean_and_error(traces),
-                         "rise": {str(size): mean_and_error(r) for size, r in rises.items()}}
+            with FlopCounterMode(display=False) as counter:
+                run()
+            found[stream].append((counter.get_total_flops() / 2e9, milliseconds(run)))
     return found
 
 
-def mean_and_error(values):
-    return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** .5)
+def flatness(streams, data, args, clips=128, probes=30, sizes=(.01, .03, .1)):
+    """How flat the minimum of each network is, on some training clips in the test view: the trace
+    of the Hessian of the cross entropy by Hutchinson's estimate E[v H v], v of +1 and -1, and how
+    much the loss rises when noise of size |w| times each of `sizes` is added to each tensor w.
+    BatchNorm uses its running statistics. -> rows, mean and standard error over the probes"""
+    chosen = np.random.default_rng(args.seed).permutation(len(data.train))[:clips]
+    part = common.Clips([data.train[i] for i in chosen], args.segments, None, "coded",
+                        copies=args.copies)
+    batches, rows = [], []
+    for batch in common.ClipLoader(part, args.batch_size, args.workers, bad=data.bad):
+        if min(batch.label) >= 0:
+            batches.append((see(batch, args), torch.tensor(batch.label, device=DEVICE)))
+    for stream, net in streams.eval().nets.items():
+        generator = torch.Generator(DEVICE).manual_seed(args.seed)
+        weights = [w for w in net.parameters() if w.requires_grad]
+        traces = [hessian_probe(net, stream, batches, weights, generator) for _ in range(probes)]
+        row = {"stream": stream, "M": sum(w.numel() for w in weights) / 1e6,
+               "loss": loss_of(net, stream, batches), "trace": float(np.mean(traces)),
+               "se": float(np.std(traces, ddof=1) / probes ** .5)}
+        before = [w.detach().clone() for w in weights]
+        for size in sizes:
+            rises = []
+            for _ in range(probes):
+                with torch.no_grad():
+                    for w, old in zip(weights, before, strict=True):
+                        u = torch.randn(w.shape, generator=generator, device=DEVICE)
+                        w.copy_(old + size * old.norm() * u / u.norm())
+                rises.append(loss_of(net, stream, batches) - row["loss"])
+            row |= {f"rise{size:g}": float(np.mean(rises)),
+                    f"se{size:g}": float(np.std(rises, ddof=1) / probes ** .5)}
+        with torch.no_grad():
+            for w, old in zip(weights, before, strict=True):
+                w.copy_(old)
+        rows.append(row)
+    return rows
 
 
-def flatness_table(found):
-    sizes = list(found["i"]["rise"])
-    lines = [f"{'stream':6} {'M':>7} {'loss':>8} {'trace of the Hessian':>24}"
-             + "".join(f"{'rise at ' + size:>20}" for size in sizes)]
-    for stream, r in found.items():
-        lines.append(f"{stream:6} {r['parameters']:7.2f} {r['loss']:8.4f} "
-                     + "{:14.2f} +- {:6.2f}".format(*r["trace"])
-                     + "".join("{:12.4f} +-{:6.4f}".format(*r["rise"][size]) for size in sizes))
-    for what, of in [("trace", lambda r: r["trace"])] + [
-            (f"rise at {size}", lambda r, size=size: r["rise"][size]) for size in sizes]:
-        (i, d_i), (r, d_r), (mv, d_mv) = (of(found[stream]) for stream in ("i", "r", "mv"))
-        sure = min((r - i) / np.hypot(d_i, d_r), (mv - r) / np.hypot(d_r, d_mv)) > 2
-        lines.append(f"flatness by {what}: the paper's order I < R < MV "
-                     + ("holds here" if i < r < mv and sure else "holds here, within the error"
-                        if i < r < mv else "does not hold here"))
-    return "\n".join(lines)
+@torch.no_grad()
+def loss_of(net, stream, batches):
+    count = sum(len(labels) for _, labels in batches)
+    losses = [F.cross_entropy(net(x[stream])[1], labels, reduction="sum") for x, labels in batches]
+    return sum(losses).item() / count
+
+
+def hessian_probe(net, stream, batches, weights, generator):
+    """v H v for one v, H the Hessian of the mean cross entropy"""
+    v = [torch.randn(w.shape, generator=generator, device=DEVICE).sign() for w in weights]
+    count, total = sum(len(labels) for _, labels in batches), 0.
+    for x, labels in batches:
+        loss = F.cross_entropy(net(x[stream])[1], labels, reduction="sum") / count
+        slopes = torch.autograd.grad(loss, weights, create_graph=True)
+        slope = sum((g * v_w).sum() for g, v_w in zip(slopes, v, strict=True))
+        Hv = torch.autograd.grad(slope, weights)
+        total += sum((h * v_w).sum() for h, v_w in zip(Hv, v, strict=True)).item()
+    return total
 
 
 def draw_streams(data, args, path):
-    """A row per test clip: I-frame, accumulated motion (colour: direction, strength: length, of the
-    longest in the picture), residual (grey: 0), and the frame put together again from the three."""
-    rows = []
-    for path_of_clip, label in data.test[::max(1, len(data.test) // 6)][:6]:
-        try:
-            coded = Clips([(path_of_clip, label)], args.segments, None, "coded")[0, 0].video
-        except BadVideo:
-            continue
-        if coded is None:
-            continue
-        mv, r, i = (part[args.segments // 2][None] for part in modalities(coded))
-        again = warp(i, mv).round() + r
-        pictures = (i, torchvision.utils.flow_to_image(mv), (128 + r).clamp(0, 255), again)
+    """A row per test clip: I-frame, accumulated motion (colour: direction, saturation: length),
+    residual (grey: 0), and the frame reconstructed from the three."""
+    clips, tiles = common.Clips(data.test, args.segments, None, "coded", copies=args.copies), []
+    for n in range(0, len(clips), -(-len(clips) // 6)):
+        coded = clips[0, n].video
+        mv, r, i = (part[args.segments // 2][None] for part in common.modalities(coded))
+        again, motion = common.warp(i, mv).round() + r, torchvision.utils.flow_to_image(mv)
         names = ("I-frame", f"motion, up to {mv.norm(dim=1).max():.0f} px", "residual",
-                 f"warped + residual: {data.classes[label]}")
-        for picture, name in zip(pictures, names, strict=True):
-            zoom = F.interpolate(picture.float(), scale_factor=192 / picture.shape[-2])[0].byte()
+                 f"reconstructed: {data.classes[data.test[n][1]]}")
+        for name, picture in zip(names, (i, motion, (128 + r).clamp(0, 255), again), strict=True):
+            zoom = F.interpolate(picture.float(), scale_factor=192 / coded.size[0])[0].byte()
             zoom = F.pad(TF.center_crop(zoom, [192, 256]), (0, 0, 16, 0))
-            rows.append(torchvision.utils.draw_bounding_boxes(
+            tiles.append(torchvision.utils.draw_bounding_boxes(
                 zoom, torch.tensor([[0, 0, 255, 207]]), [name], "white"))
-    if rows:
-        torchvision.io.write_png(torchvision.utils.make_grid(rows, 4), str(path))
+    torchvision.io.write_png(torchvision.utils.make_grid(tiles, 4), str(path))
 
 
-def table(results):
-    """Top-1 of exit x order per stream, as text; exit 4 is the network's own classifier."""
-    orders = list(results["top1"])
-    lines = [f"{'stream':6} {'network':10} {'exit':>4} {'GMAC':>8} {'ms':>8}  "
-             + "".join(f"{order:>13}" for order in orders)]
-    for stream in STREAMS:
-        for k, (gmac, ms) in enumerate(results["cost"][stream]):
-            lines.append(f"{stream:6} {results['networks'][stream]:10} {k + 1:4} {gmac:8.4f} "
-                         f"{ms:8.2f}  " + "".join(
-                             f"{results['top1'][order][stream][k]:13.3f}" for order in orders))
-    return "\n".join([*lines, f"top-1 of {results['clips']} test clips. GMAC and ms of a clip at "
-                      "batch 1, with the exits before; exit 4 is the frozen network's own."])
+def table(rows):
+    """Dicts with the same keys -> aligned text"""
+    lines = [list(rows[0])]
+    for row in rows:
+        lines.append([f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
 
-def start_record(args, run):
-    """What run.json says from the start: flags, versions, machine. With --resume the flags must be
-    those of the run before. Raises BadInput."""
-    flags = {k: v for k, v in vars(args).items() if k not in ("resume", "workers", "out", "target")}
-    if args.resume:
-        if not (run / "run.json").exists():
-            raise BadInput(f"--resume: there is no run in {run}; start one without --resume")
-        before = json.loads((run / "run.json").read_text())["flags"]
-        other = [f"--{k.replace('_', '-')} {before.get(k)}, now {v}" for k, v in flags.items()
-                 if before.get(k) != v]
-        if other:
-            raise BadInput(f"--resume: the run in {run} had {'; '.join(other)}")
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
-                            capture_output=True, text=True).stdout.strip()
-    modules = (torch, torchvision, open_clip, av, np)
-    return {"argv": sys.argv[1:], "flags": flags, "commit": commit, "machine": machine(),
-            "python": platform.python_version(),
-            "versions": {module.__name__: module.__version__ for module in modules}}
+def write_record(path, args, data, results, log, began):
+    """run.json: flags, versions, machine and numbers; metrics.jsonl: a row per epoch"""
+    versions = {module.__name__: module.__version__ for module in (torch, open_clip, av, np)}
+    record = {"flags": vars(args), "versions": versions, "machine": MACHINE, "bad": data.bad,
+              "notes": data.notes(), "results": results, "seconds": time.time() - began}
+    path.write_text(json.dumps(record, indent=1))
+    if log:
+        path.with_name("metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
 
 
-def machine():
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else \
-        f"{platform.machine()} CPU with {torch.get_num_threads()} threads"
+# ---- flags and main ------------------------------------------------------------------------------
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument_group("data").add_argument
-    add("--data", default="toy", help="toy, or a folder (the README lists the formats)")
-    add("--split", type=int, default=1, choices=(1, 2, 3))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", default="toy", help="toy, or a folder; the README lists the formats")
+    add("--split", type=int, default=1, choices=(1, 2, 3), help="of the data set's lists")
     add("--allow-missing", action="store_true", help="go on without missing clips")
-    add("--reencode", action="store_true", help="work on a copy of the folder in CoViAR's form, in "
-        "OUT/cache, made where it is missing: for files without motion vectors or with B-frames")
-    add("--segments", type=int, default=3, help="S, frames of a clip that the networks see")
-    add("--size", type=int, help="pixels (default: 32 for toy clips, else 224)")
-    add("--holdout", type=float, default=.2, help="share of the training clips that no stage sees, "
-        "by class, for wise_infer.py")
-    add = parser.add_argument_group("networks").add_argument
-    add("--networks", nargs=3, metavar=("MV", "R", "I"), help="toy, or ResNets of torchvision "
-        "(default: toy for toy clips, else resnet18 resnet18 resnet50, the paper's)")
+    add("--reencode", action="store_true", help="work on copies in CoViAR's form, made in OUT/cache "
+        "on first use: for files other than MPEG-4 with I- and P-frames alone")
+    add("--segments", type=int, default=3, help="S, frames per clip")
+    add("--size", type=int, help="pixels; 32 for toy clips, else 224")
+    add("--holdout", type=float, default=.2, help="share of each class's training clips that no "
+        "training sees, for wise_infer.py")
+    add("--networks", nargs=3, metavar=("MV", "R", "I"), help="toy, or ResNets of torchvision; toy "
+        "for toy clips, else resnet18 resnet18 resnet50, the paper's")
     add("--imagenet", action="store_true", help="start from torchvision's ImageNet weights")
-    add = parser.add_argument_group("method").add_argument
-    add("--order", nargs="+", choices=[*ORDERS, "all"], default=["ce", "progressive"],
-        metavar="ORDER", help=f"of {', '.join(ORDERS)}; all")
-    add("--third-teacher", choices=("self", "i"), default="self", help="eq. (3)")
-    add("--tau", type=float, default=1., help="temperature, eq. (2)")
+    add("--order", nargs="+", choices=[*ORDERS, "all"], default=["ce", "progressive"], help="eq. 3")
+    add("--third-teacher", choices=("self", "i"), default="self", help="of eq. (3)")
+    add("--tau", type=float, default=1., help="temperature of eq. (2)")
     add("--flatness", action="store_true", help="measure how flat the three minima are")
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, help="of the networks (default: 24 for toy clips, else 120)")
-    add("--exit-epochs", type=int, help="of the exits (default: 24 for toy clips, else 60)")
-    add("--crops", type=int, default=2, help="ways in which the exits see a clip")
-    add("--cache-gb", type=float, default=16., help="room for what is frozen; 0: nothing is kept")
-    add("--batch-size", type=int, default=32, help="clips of all processes together")
-    add("--lr", type=float, help="(default: 3e-3 for toy networks, else 1e-3)")
+    add("--epochs", type=int, help="of the networks; 24 for toy clips, else 120")
+    add("--exit-epochs", type=int, help="of the exits; 24 for toy clips, else 60")
+    add("--crops", type=int, default=2, help="fixed crops per clip for the exits")
+    add("--cache-gb", type=float, default=16., help="size limit of the cache of the frozen networks' "
+        "outputs; HMDB51 at 224 pixels takes 72")
+    add("--batch-size", type=int, default=32, help="of all processes together")
+    add("--lr", type=float, help="3e-3 for toy networks, else 1e-3")
     add("--compile", action="store_true", help="torch.compile the three networks")
-    add = parser.add_argument_group("run").add_argument
-    add("--seed", type=int, default=0)
-    add("--out", default="runs", help="folder for records, checkpoints and the cache")
+    add("--seed", type=int, default=0, help="of initial weights, order and augmentation")
+    add("--out", default="runs", help="folder for runs and the cache")
     add("--resume", action="store_true", help="go on with a run that was killed")
-    add("--target", type=float, default=0., help="exit 1 if a whole network's top-1 is below")
-    add("--workers", type=int, default=min(8, max(1, (os.cpu_count() or 1) - 1)))
+    add("--workers", type=int, default=max(1, min(8, os.cpu_count() - 1)), help="that decode")
     args = parser.parse_args(argv)
     toy = args.data == "toy"
-    for name, small, large in (("size", 32, 224), ("epochs", 24, 120), ("exit_epochs", 24, 60),
-                               ("networks", ["toy"] * 3, ["resnet18", "resnet18", "resnet50"])):
-        if getattr(args, name) is None:
-            setattr(args, name, small if toy else large)
-    if args.lr is None:
-        args.lr = 3e-3 if "toy" in args.networks else 1e-3
-    if min(args.segments, args.epochs, args.exit_epochs, args.crops, args.batch_size) < 1 or \
-            args.size < 32:
-        parser.error("--segments, --epochs, --exit-epochs, --crops, --batch-size take 1 or more, "
-                     "--size 32 or more")
-    if not 0 <= args.holdout < 1 or args.tau <= 0 or args.cache_gb < 0:
-        parser.error("--holdout takes 0 to 1, --tau more than 0, --cache-gb 0 or more")
-    if args.reencode and toy:
-        parser.error("--reencode: the toy clips need none")
+    args.size = args.size or (32 if toy else 224)
+    args.epochs = args.epochs or (24 if toy else 120)
+    args.exit_epochs = args.exit_epochs or (24 if toy else 60)
+    args.networks = args.networks or (["toy"] * 3 if toy else ["resnet18", "resnet18", "resnet50"])
+    args.lr = args.lr or (3e-3 if "toy" in args.networks else 1e-3)
     args.order = list(ORDERS) if "all" in args.order else list(dict.fromkeys(args.order))
+    name = Path(args.data).resolve().name
+    args.copies = f"{args.out}/cache/{name}-mpeg4" if args.reencode else None
+    if min(args.segments, args.epochs, args.exit_epochs, args.crops, args.batch_size) < 1 or \
+            args.size < 32 or not 0 <= args.holdout < 1 or args.tau <= 0:
+        parser.error("--segments, --epochs, --exit-epochs, --crops and --batch-size take 1 or more, "
+                     "--size 32 or more, --holdout 0 to 1, --tau more than 0")
     return args
 
 
-def find_place():
-    """-> (device, rank, number of processes); under torchrun it joins the other processes."""
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if not torch.cuda.is_available():
-        return torch.device("cpu"), rank, world
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cuda", torch.cuda.current_device()), rank, world
+def start(toy):
+    """Join the other processes of torchrun, if any. Toy networks run faster on one thread."""
+    if toy:
+        torch.set_num_threads(1)
+    if GPU:
+        torch.cuda.set_device(DEVICE)
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if GPU else "gloo")
+
+
+def refuse_unfit(data):
+    """Raises BadInput where clips' vectors cannot be followed. Broken files: see ClipLoader."""
+    unfit = {}
+    for path, _ in data.train + data.test:
+        try:
+            unfit[path] = common.video_index(path).unfit
+        except common.BadVideo:
+            continue
+    unfit = {path: reason for path, reason in unfit.items() if reason}
+    for path, reason in unfit.items():
+        raise common.BadInput(f"{len(unfit)} of {len(data.train + data.test)} clips cannot serve as "
+                              f"they are, first {path}: {reason}; add --reencode to work on copies")
 
 
 def main(argv=None):
     """Train three networks and their exits, test and measure them. -> numbers"""
     args, began = parse(argv), time.time()
-    device, rank, world = place = find_place()
-    if "toy" in args.networks:  # threads that wait for decoding cost more than they bring
-        spare = max(1, (os.cpu_count() or 1) - args.workers)
-        torch.set_num_threads(min(torch.get_num_threads(), spare))
-    cache = Path(args.out) / "cache"
-    if rank:
-        dist.barrier()  # process 0 goes first and fills the cache
-    folder = args.data
-    if args.reencode:
-        source = Path(folder).resolve()  # two data sets may have one name
-        place_of_copy = cache / f"{zlib.crc32(bytes(source)):08x}" / f"{source.name}-mpeg4"
-        folder = reencode(source, place_of_copy, max(1, args.workers))
-    data = read_data(folder, args.split, args.allow_missing, cache, toys="toy-pairs")
-    refuse_unfit(data, args)
-    bad = {"training": {}, "test": {}}  # {path: reason} of clips that cannot be decoded
-    rest, held = hold_out(data.train, args.holdout, args.seed)
-    data = data._replace(train=rest)
-    run = Path(args.out) / "pkd_compressed" / f"{data.name}-s{args.split}-seed{args.seed}"
-    record = start_record(args, run)
+    start("toy" in args.networks)
+    data = common.read_data(args.data, args.split, args.allow_missing, Path(args.out) / "cache",
+                            toys="toy-pairs")
+    if not args.reencode:
+        refuse_unfit(data)
+    clips = data.digest()
+    data, held = common.hold_out(data, args.holdout, args.seed)
     torch.manual_seed(args.seed)
-    streams = Streams(args.networks, len(data.classes), args.imagenet).to(device)
-    exits = Exits(streams, args.order, len(data.classes), args.seed).to(device)
-    if world > 1 and not rank:
-        dist.barrier()
-    if min(args.batch_size, len(data.train)) < world:
-        raise BadInput(f"--batch-size {args.batch_size}, {len(data.train)} training clips: too few "
-                       f"for {world} processes")
-    last, saved = run / "last.pt", None
-    if args.resume and last.exists():
-        saved = torch.load(last, map_location=device, weights_only=True)
-    if not rank:
-        run.mkdir(parents=True, exist_ok=True)
-        if not args.resume:
-            for old in (last, run / "metrics.jsonl"):
-                old.unlink(missing_ok=True)
-        (run / "run.json").write_text(json.dumps(record, indent=1))
-        print(f"pkd_compressed.py on {machine()}, {world} process(es), torch {torch.__version__}, "
-              f"seed {args.seed}\n{data.name}, split {args.split}: {len(data.classes)} classes, "
-              f"{len(data.train)} training clips, {len(held)} held out, {len(data.test)} test "
-              f"clips; {args.segments} segments at {args.size} px", flush=True)
-    mirror, log = mirrors(data.classes), saved["rows"] if saved else []
-    about = {"networks": dict(zip(STREAMS, args.networks, strict=True)), "classes": data.classes,
-             "data": data.name, "folder": str(folder), "split": args.split, "seed": args.seed,
-             "size": args.size, "segments": args.segments, "holdout": listed_names(held),
-             "exit_epochs": args.exit_epochs}
-
-    def keep(**state):
-        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-        save({**about, "rows": log, **state}, last)
-
-    half = saved and "exits_state" not in saved
-    if saved:
-        streams.load_state_dict(saved["streams_state"])
-        for order, state in saved.get("exits_state", {}).items():
-            exits.heads[order].load_state_dict(state)
+    streams = Streams(args.networks, len(data.classes), args.imagenet).to(DEVICE)
+    exits = Exits(streams, args.order, len(data.classes), args.seed).to(DEVICE)
     if args.compile:
-        torch.compiler.config.recompile_limit = 64
+        torch.compiler.config.recompile_limit = 64  # networks x batch sizes x training, testing
         for net in streams.nets.values():
             net.compile()
-    if not saved or half:
-        train_streams(streams, saved, data, mirror, args, place, log, bad["training"], keep)
-    same_buffers(streams, world)
-    minima = flatness(streams, data, args, device, bad["training"]) if args.flatness else None
-    train_exits(streams, exits, None if half else saved, data, mirror, args, place, run, log,
-                bad["training"], keep)
-    same_buffers(exits, world)
-    top1, clips = evaluate(streams, exits, data, args, place, bad["test"])
-    results = {"top1": top1, "clips": clips, "networks": about["networks"]}
-    if minima:
-        results["flatness"] = minima
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if rank:
-        return results
+    run = Path(args.out) / "pkd_compressed" / f"{data.name}-s{args.split}-seed{args.seed}"
+    run.mkdir(parents=True, exist_ok=True)
+    if RANK == 0:
+        print(f"{data}, {len(held)} held out; {WORLD} process(es), {MACHINE}", flush=True)
 
-    results["cost"] = costs(streams, exits, args, device)  # with nothing else running
-    record |= {"results": results, "missing": data.missing, "bad": bad,
-               "seconds": time.time() - began}
-    (run / "run.json").write_text(json.dumps(record, indent=1))
-    draw_streams(data, args, run / "run.png")
-    print(table(results))
+    flags, mirror, log = {"clips": clips, **vars(args)}, common.mirrors(data.classes), []
+    about = {"classes": data.classes, "data": data.name}  # for wise_infer.py, beside the flags
+    train_streams(streams, data, mirror, args, flags, run, log)
+    minima = flatness(streams, data, args) if args.flatness and RANK == 0 else []
+    train_exits(streams, exits, data, mirror, args, flags, about, run, log)
+    top1 = evaluate(streams, exits, data, args)
+    if WORLD > 1:
+        dist.destroy_process_group()
+    if RANK == 0:
+        report(streams, exits, top1, minima, data, args, log, run, began)
+    return {"top1": top1, "flatness": minima}
+
+
+def report(streams, exits, top1, minima, data, args, log, run, began):
+    """Measure, with nothing else running; write record and picture; print tables and RESULT."""
+    cost, rows = costs(streams, exits, args), []
+    for (s, stream), k in itertools.product(enumerate(STREAMS), range(4)):
+        gmac, ms = cost[stream][k]
+        row = {"stream": stream, "network": args.networks[s], "exit": k + 1, "GMAC": gmac, "ms": ms}
+        rows.append(row | {order: top1[order][stream][k] for order in args.order})
+    print(f"{table(rows)}\ntop-1 of {len(data.test)} test clips, chance {1 / len(data.classes):.3f}. "
+          f"GMAC and ms: of a clip, with the exits before;\nexit 4 is the frozen network's own.")
     if minima:
-        print(flatness_table(minima))
-    for names, what in ((data.missing, "listed clips are missing"),
-                        (list(bad["training"]), "training clips cannot be decoded"),
-                        (list(bad["test"]), "test clips cannot be decoded and count as wrong")):
-        if names:
-            print(f"NOTE {len(names)} {what}, first {names[0]}")
-    first = args.order[0]
-    print(f"record, checkpoint, pictures: {run}\n"
-          f"RESULT pkd_compressed data={data.name} split={args.split} seed={args.seed} "
-          + " ".join(f"{s}4={top1[first][s][3]:.4f}" for s in STREAMS) + " "
-          + " ".join(f"{order}-{s}{k + 1}={top1[order][s][k]:.4f}" for order in args.order
-                     for s in STREAMS for k in range(3))
-          + f" seconds={time.time() - began:.0f}")
-    if any(top1[first][s][3] < args.target for s in STREAMS):
-        sys.exit(1)
-    return results
+        mv, r, i = (row["trace"] for row in minima)
+        print(f"{table(minima)}\nse: standard error. The paper's order of flatness, I < R < MV, "
+              f"{'holds' if i < r < mv else 'does not hold'} here by the trace of the Hessian")
+    for note in data.notes():
+        print(f"NOTE {note}")
+    results = {"top1": top1, "cost": cost, "flatness": minima}
+    write_record(run / "run.json", args, data, results, log, began)
+    draw_streams(data, args, run / "run.png")
+    scores = [f"{stream}4={top1[args.order[0]][stream][3]:.4f}" for stream in STREAMS]
+    for order, stream in itertools.product(args.order, STREAMS):
+        scores += [f"{order}-{stream}{k + 1}={top1[order][stream][k]:.4f}" for k in range(3)]
+    print(f"record, checkpoints, picture: {run}\nRESULT pkd_compressed data={data.name} "
+          f"split={args.split} seed={args.seed} {' '.join(scores)} "
+          f"seconds={time.time() - began:.0f}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except BadInput as error:
+    except common.BadInput as error:
         sys.stderr.write(f"pkd_compressed.py: {error}\n")
         sys.exit(2)

@@ -48,7 +48,6 @@ import math
 import os
 import platform
 import queue
-import subprocess
 import sys
 import threading
 import time
@@ -71,6 +70,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if GPU else torch.device("cpu")
 AFFINITY_WEIGHT, SCALE_T = 1., 50.  # of eq. (3)
+MACHINE = torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU"
 PEAK = 989e12  # dense bf16 operations per second of an H100 or H200
 
 # ---- the method: eqs. (1)-(3) --------------------------------------------------------------------
@@ -134,27 +134,26 @@ def make_optimizer(model, lr, steps):
         CosineAnnealingLR(optimizer, max(1, steps - warm))], [warm])
 
 
-def settings(args, data):
-    """What a run may not change when it is resumed"""
-    free = ("resume", "workers", "out")
-    return {"data_digest": data.digest(),
-            **{key: value for key, value in vars(args).items() if key not in free}}
-
-
-def save(path, flags, about, rows, parts):
-    """Write the state of `parts`, {name: module or optimizer}, and rename the file into place: a
-    kill leaves the old checkpoint or the new one."""
-    state = {name: part.state_dict() for name, part in parts.items()}
-    torch.save({**about, **state, "rows": rows, "flags": flags}, f"{path}.part")
-    os.replace(f"{path}.part", path)
+def keep(row, rows, epochs, path, flags, about, parts):
+    """The end of an epoch: log its row, and write the state of `parts`, {name: module or
+    optimizer}, to `path`, renamed into place: a kill leaves the old checkpoint or the new one."""
+    rows.append(row)
+    if len(rows) == epochs:
+        parts = {name: part for name, part in parts.items() if hasattr(part, "parameters")}
+    if RANK == 0:
+        cells = [f"{k} {x:.4f}" if isinstance(x, float) else f"{k} {x}" for k, x in row.items()]
+        print("  ".join(cells), flush=True)
+        state = {name: part.state_dict() for name, part in parts.items()}
+        torch.save({**about, **state, "rows": rows, "flags": flags}, f"{path}.part")
+        os.replace(f"{path}.part", path)
 
 
 def resume(path, flags, parts):
-    """Load what a killed run has left there -> its rows of the log. Raises BadInput where its flags
-    or data were others."""
+    """Load what a killed run has left -> its rows of the log. Raises BadInput where its flags or
+    clips were others."""
     saved = torch.load(path, map_location=DEVICE, weights_only=True)
-    other = [f"{key} {value}, now {flags.get(key)}" for key, value in saved["flags"].items()
-             if flags.get(key) != value]
+    other = [f"{key} {value}, now {flags[key]}" for key, value in saved["flags"].items()
+             if flags[key] != value and key not in ("resume", "workers", "out")]
     if other:
         raise common.BadInput(f"--resume: the run of {path} had {'; '.join(other)}")
     for name, part in parts.items():
@@ -166,16 +165,13 @@ def resume(path, flags, parts):
 def train(arm, model, large, data, args, run, log):
     """Train one arm by eq. (1), and by eq. (3) where `large` is given. After each epoch, add a row
     to `log` and write RUN/ARM-last.pt, from which --resume goes on."""
-    clips = common.Clips(data.train, args.frames, model.side, args.sampling, train=True,
-                         seed=args.seed)
-    loader = common.ClipLoader(clips, args.batch_size, args.workers, RANK, WORLD, data.bad)
-    lr = args.lr or (4e-4 if model.name.startswith("toy-") else 5e-6)
-    optimizer, schedule = make_optimizer(model, lr, args.epochs * len(loader))
+    clips = common.Clips(data.train, args.frames, model.side, args.sampling, 1, True, args.seed)
+    loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
+    optimizer, schedule = make_optimizer(model, args.lr, args.epochs * len(loader))
     parts = {"model_state_dict": model.clip, "fusion_model_state_dict": model.fusion,
              "optimizer": optimizer, "schedule": schedule}
-    path, flags, rows = run / f"{arm}-last.pt", settings(args, data), []
-    if args.resume and path.exists():
-        rows = resume(path, flags, parts)
+    path, flags = run / f"{arm}-last.pt", {"clips": data.digest(), **vars(args)}
+    rows = resume(path, flags, parts) if args.resume and path.exists() else []
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     prompts = model.prompts(data.classes)                                       # (16, K, L)
     prompts_t = large.prompts(data.classes) if large else None                  # (16, K, L_t)
@@ -209,15 +205,10 @@ def train(arm, model, large, data, args, run, log):
             with torch.no_grad():
                 model.clip.logit_scale.clamp_(max=math.log(100))
                 sums += torch.stack([pair, affinity]) / len(loader)
-        if epoch + 1 == args.epochs:
-            del parts["optimizer"], parts["schedule"]
-        rows.append({"arm": arm, "epoch": epoch + 1, "kl_pair": sums[0].item(),
-                     "affinity": sums[1].item(),
-                     "clips_per_s": len(loader) * loader.order.batch / (time.time() - began)})
-        if RANK == 0:
-            print("{arm:15} epoch {epoch:3}  kl_pair {kl_pair:7.4f}  affinity {affinity:7.4f}  "
-                  "{clips_per_s:7.1f} clips/s".format(**rows[-1]), flush=True)
-            save(path, flags, model.about(args.frames), rows, parts)
+        speed = len(loader) * loader.order.batch / (time.time() - began)
+        row = {"arm": arm, "epoch": epoch + 1, "kl_pair": sums[0].item(),
+               "affinity": sums[1].item(), "clips_per_s": speed}
+        keep(row, rows, args.epochs, path, flags, model.about(args.frames), parts)
     log += rows
 
 
@@ -239,7 +230,7 @@ def evaluate(model, data, args):
     text, said = model.embed_classes(data.classes), {}                          # (16, K, D)
     hits = torch.zeros(2, device=DEVICE)  # first, among the first five
     clips = common.Clips(data.test, args.frames, model.side, args.sampling, args.views)
-    loader = common.ClipLoader(clips, args.batch_size, args.workers, RANK, WORLD, data.bad)
+    loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
     for batch in tqdm(loader, "test", leave=False, disable=None):
         top = classify(model, batch.video, text, args.views).topk(min(5, len(data.classes))).indices
         right = top == torch.tensor(batch.label, device=DEVICE)[:, None]        # (B, 5)
@@ -264,7 +255,7 @@ def measure(model, data, args):
     text, T = model.embed_classes(data.classes), args.frames * args.views
     clips = common.Clips(data.test, args.frames, model.side, args.sampling, args.views)
     many = torch.randint(256, (32 if GPU else 4, T, 3, model.size, model.size)).byte()
-    size = sum(model.millions().values())
+    size = model.millions()
     return {"M": size, "GMAC": model.gmac(args.frames) * args.views,
             "ms": milliseconds(lambda: classify(model, many[:1], text, args.views).cpu()),
             "+decode": milliseconds(lambda: classify(model, [clips[0, 0].video], text,
@@ -282,20 +273,14 @@ def table(rows):
     return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
 
-def write_record(path, args, data, results, seconds):
-    """run.json: flags, versions, machine and numbers"""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
-                            capture_output=True, text=True).stdout.strip()
+def write_record(path, args, data, results, log, began):
+    """run.json: flags, versions, machine and numbers; metrics.jsonl: a row per epoch"""
     versions = {module.__name__: module.__version__ for module in (torch, open_clip, av, np)}
-    record = {"argv": sys.argv[1:], "flags": vars(args), "commit": commit, "versions": versions,
-              "machine": machine(), "classes": data.classes, "bad": data.bad, "notes": data.notes(),
-              "results": results, "seconds": seconds}
-    path.with_suffix(".part").write_text(json.dumps(record, indent=1))
-    os.replace(path.with_suffix(".part"), path)
-
-
-def machine():
-    return torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU"
+    record = {"flags": vars(args), "versions": versions, "machine": MACHINE, "bad": data.bad,
+              "notes": data.notes(), "results": results, "seconds": time.time() - began}
+    path.write_text(json.dumps(record, indent=1))
+    if log:
+        path.with_name("metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
 
 
 # ---- live: --watch. If you only care about the swap, skip to parse() -----------------------------
@@ -354,7 +339,7 @@ def watch(args):
                                      checkpoint=args.checkpoint).to(DEVICE)
     text = model.embed_classes(args.labels)
     ring = collections.deque(maxlen=model.frames or args.frames)
-    print(f"{args.checkpoint or args.large} watches {args.watch} on {machine()}: {ring.maxlen} "
+    print(f"{args.checkpoint or args.large} watches {args.watch} on {MACHINE}: {ring.maxlen} "
           f"frames, {args.fps:g} a second; labels: {', '.join(args.labels)}", flush=True)
     frames, counts, spent = queue.Queue(32), collections.Counter(), []
     threading.Thread(target=read_into, args=(frames, args.watch), daemon=True).start()
@@ -407,43 +392,39 @@ def watch(args):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--data", default="toy", help="toy (default), or a folder; the README lists the formats")
-    add("--split", type=int, default=1, choices=(1, 2, 3), help="(default: 1)")
+    add("--data", default="toy", help="toy, or a folder; the README lists the formats")
+    add("--split", type=int, default=1, choices=(1, 2, 3), help="of the data set's lists")
     add("--allow-missing", action="store_true", help="go on without missing clips")
-    add("--unseen", type=int, default=0, metavar="N", help="hold N classes out of training, and "
-        "test on them, too (default: 0)")
-    add("--frames", type=int, default=8, help="T, frames per clip (default: 8); a checkpoint has "
-        "its own")
-    add("--sampling", choices=("tsn", "dense"), default="tsn", help="(default: tsn)")
-    add("--views", type=int, default=1, help="windows of a test clip, with dense (default: 1)")
-    add("--large", default="toy-large", help="NAME[:WEIGHTS] of the original backbone (default: "
-        "toy-large)")
-    add("--small", default="toy-small", help="the one swapped in (default: toy-small)")
-    add("--fusion-layers", type=int, default=6, help="of the fusion head (default: 6); 0: mean "
-        "over frames")
-    add("--recover", choices=("none", "affinity"), default="none", help="affinity: a third arm, "
-        "the small model with eq. (3) (default: none)")
+    add("--unseen", type=int, default=0, help="classes held out of training, and tested, too")
+    add("--frames", type=int, default=8, help="T, frames per clip; a checkpoint has its own")
+    add("--sampling", choices=("tsn", "dense"), default="tsn", help="of frames")
+    add("--views", type=int, default=1, help="windows of a test clip, with dense")
+    add("--large", default="toy-large", help="NAME[:WEIGHTS] of the original backbone")
+    add("--small", default="toy-small", help="NAME[:WEIGHTS] of the one swapped in")
+    add("--fusion-layers", type=int, default=6, help="of the fusion head; 0: mean over frames")
+    add("--recover", choices=("none", "affinity"), default="none", help="a third arm, with eq. (3)")
     add("--checkpoint", "--eval-only", metavar="FILE", help="no training: test this checkpoint, "
         "ours or ActionCLIP's, or --watch with it")
-    add("--epochs", type=int, help="(default: 6 for toy clips, else 50, as ActionCLIP)")
-    add("--batch-size", type=int, default=32, help="of all processes together (default: 32)")
-    add("--lr", type=float, help="of CLIP's towers (default: 4e-4 for toys, else 5e-6)")
+    add("--epochs", type=int, help="6 for toy clips, else 50, as ActionCLIP")
+    add("--batch-size", type=int, default=32, help="of all processes together")
+    add("--lr", type=float, help="of CLIP's towers; 4e-4 for toys, else 5e-6, as ActionCLIP")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--watch", metavar="SOURCE", help="live: a file, an address, - (standard input) or a "
         "camera: /dev/video0, avfoundation:0, dshow:video=NAME")
     add("--labels", default="", help='of --watch, in any words: "waving, running, a dog jumping"')
-    add("--fps", type=float, default=4., help="frames sampled per second (default: 4)")
+    add("--fps", type=float, default=4., help="frames sampled per second of --watch")
     add("--no-drop", action="store_true", help="wait for each frame, at whatever speed")
     add("--save", metavar="FILE", help="write the watched video with its labels: out.mp4")
-    add("--seed", type=int, default=0, help="(default: 0)")
-    add("--out", default="runs", help="folder for runs and the cache (default: runs)")
+    add("--seed", type=int, default=0, help="of initial weights, order and augmentation")
+    add("--out", default="runs", help="folder for runs and the cache")
     add("--resume", action="store_true", help="go on with a run that was killed")
-    add("--workers", type=int, default=min(8, max(1, (os.cpu_count() or 1) - 1)),
-        help="processes that decode (default: cores - 1, at most 8)")
+    add("--workers", type=int, default=max(1, min(8, os.cpu_count() - 1)), help="that decode")
     args = parser.parse_args(argv)
     args.epochs = args.epochs or (6 if args.data == "toy" else 50)
+    args.lr = args.lr or (4e-4 if args.large.startswith("toy-") else 5e-6)
     labels = [word.strip() for word in args.labels.split(",")]
     args.labels = [word for word in dict.fromkeys(labels) if word]
     if min(args.views, args.epochs, args.batch_size) < 1 or not 1 <= args.frames <= 77:
@@ -458,10 +439,10 @@ def parse(argv=None):
     return args
 
 
-def start(args):
-    """Join the other processes of torchrun, if there are any."""
-    if "toy-large" in vars(args).values():
-        torch.set_num_threads(1)  # small networks run faster on one thread
+def start(toy):
+    """Join the other processes of torchrun, if any. Toy networks run faster on one thread."""
+    if toy:
+        torch.set_num_threads(1)
     if GPU:
         torch.cuda.set_device(DEVICE)
     if WORLD > 1 and not dist.is_initialized():
@@ -491,33 +472,29 @@ def build_arms(args, cache):
 def main(argv=None):
     """Train, test and measure the arms. -> {arm: numbers}"""
     args, began = parse(argv), time.time()
-    start(args)
+    start(args.large.startswith("toy-"))
     if args.watch:
         return watch(args)
     cache = Path(args.out) / "cache"
     data = common.read_data(args.data, args.split, args.allow_missing, cache,
                             "toy-diagonals" if args.unseen else "toy")
-    data, opened = common.split_unseen(data, args.unseen, args.seed)
-    models = build_arms(args, cache)
+    tests = common.split_unseen(data, args.unseen, args.seed)
+    data, models = tests[""], build_arms(args, cache)
     if args.checkpoint and "backbone" not in common.read_weights(args.checkpoint):
         data.classes = data.official or data.classes
     run = Path(args.out) / "tinyclip_swap" / f"{data.name}-s{args.split}-seed{args.seed}"
+    run.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        print(f"{data.name}, split {args.split}: {len(data.classes)} classes, {len(data.train)} "
-              f"training clips, {len(data.test)} test clips; {WORLD} process(es), {machine()}")
-    if opened and RANK == 0:
-        print(f"held out of training: {', '.join(opened['unseen'].classes)}", flush=True)
+        print(f"{data}; {WORLD} process(es), {MACHINE}", flush=True)
 
     results, answers, log = {}, {}, []
-    tests = {"": data, **{f"_{group}": part for group, part in opened.items()}}
     for arm, model in models.items():
         results[arm] = {"arm": arm, "backbone": model.name}
         if not args.checkpoint:
-            for name, part in tests.items() if opened else ():  # what CLIP alone knows
+            for name, part in tests.items() if args.unseen else ():  # what CLIP alone knows
                 results[arm][f"before{name}"] = evaluate(model, part, args)[0]
-            teacher = models["large"] if arm == "small+affinity" else None  # trained, and frozen
-            train(arm, model, teacher, data, args, run, log)
+            large = models["large"] if arm == "small+affinity" else None  # trained by now
+            train(arm, model, large, data, args, run, log)
         for name, part in tests.items():
             top1, top5, said = evaluate(model, part, args)
             results[arm] |= {f"top1{name}": top1, f"top5{name}": top5}
@@ -555,8 +532,7 @@ def report(models, results, answers, tests, args, log, run, began):
         print(f"NOTE {note}")
 
     file = run / ("eval.json" if args.checkpoint else "run.json")
-    write_record(file, args, data, results, time.time() - began)
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    write_record(file, args, data, results, log, began)
     lines = {}
     for i in next(iter(answers.values())):
         said = {"truth": data.test[i][1], **{arm: answers[arm][i] for arm in answers}}
