@@ -70,6 +70,8 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if GPU else torch.device("cpu")
 AFFINITY_WEIGHT, SCALE_T = 1., 50.  # of eq. (3)
+if GPU:
+    torch.cuda.set_device(DEVICE)
 MACHINE = torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU"
 PEAK = 989e12  # dense bf16 operations per second of an H100 or H200
 
@@ -135,10 +137,10 @@ def make_optimizer(model, lr, steps):
 
 
 def keep(row, rows, epochs, path, flags, about, parts):
-    """The end of an epoch: log its row, and write the state of `parts`, {name: module or
-    optimizer}, to `path`, renamed into place: a kill leaves the old checkpoint or the new one."""
+    """Log the row of an epoch, and write the state of `parts`, {name: module or optimizer}, to
+    `path`; renamed into place: a kill leaves the old checkpoint or the new one."""
     rows.append(row)
-    if len(rows) == epochs:
+    if len(rows) == epochs:  # finished: no optimizer
         parts = {name: part for name, part in parts.items() if hasattr(part, "parameters")}
     if RANK == 0:
         cells = [f"{k} {x:.4f}" if isinstance(x, float) else f"{k} {x}" for k, x in row.items()]
@@ -149,23 +151,22 @@ def keep(row, rows, epochs, path, flags, about, parts):
 
 
 def resume(path, flags, parts):
-    """Load what a killed run has left -> its rows of the log. Raises BadInput where its flags or
-    clips were others."""
+    """Load what a killed run has left -> its rows. Raises BadInput: other flags or clips."""
     saved = torch.load(path, map_location=DEVICE, weights_only=True)
     other = [f"{key} {value}, now {flags[key]}" for key, value in saved["flags"].items()
              if flags[key] != value and key not in ("resume", "workers", "out")]
     if other:
         raise common.BadInput(f"--resume: the run of {path} had {'; '.join(other)}")
-    for name, part in parts.items():
-        if name in saved:  # a finished run has left no optimizer
-            part.load_state_dict(saved[name])
+    for name in parts.keys() & saved.keys():
+        parts[name].load_state_dict(saved[name])
     return saved["rows"]
 
 
 def train(arm, model, large, data, args, run, log):
     """Train one arm by eq. (1), and by eq. (3) where `large` is given. After each epoch, add a row
     to `log` and write RUN/ARM-last.pt, from which --resume goes on."""
-    clips = common.Clips(data.train, args.frames, model.side, args.sampling, 1, True, args.seed)
+    clips = common.Clips(data.train, args.frames, model.side, args.sampling, args.views, True,
+                         args.seed)
     loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
     optimizer, schedule = make_optimizer(model, args.lr, args.epochs * len(loader))
     parts = {"model_state_dict": model.clip, "fusion_model_state_dict": model.fusion,
@@ -347,21 +348,20 @@ def watch(args):
     try:
         while not isinstance(item := frames.get(timeout=STALL), str):
             t, frame = item
-            counts["read"] += 1
             began = began or time.perf_counter() - t
             late = 0 if args.no_drop else time.perf_counter() - began - t
             time.sleep(max(0, -late))
             last, turn = turn, int(t * args.fps + .05)  # timestamps are rounded
             if turn == last:
                 counts["skipped"] += 1
-            elif late > 1 / args.fps:
+            elif late > 1 / args.fps and not frames.empty():  # else the source is what is slow
                 counts["dropped"] += 1
             else:
-                counts["shown"] += 1
                 start = time.perf_counter()
                 p = stream_step(model, ring, common.to_picture(frame, model.side), text)
                 best = [(args.labels[k], p[k].item()) for k in p.argsort(descending=True)[:3]]
                 spent.append(1e3 * (time.perf_counter() - start))
+                counts["shown"] += 1
                 label = best[0][0] if best[0][1] >= .5 else "none of these"
                 scores = ", ".join(f"{name} {q:.2f}" for name, q in best)
                 line = f"{t:7.1f} s  {label:20} {np.median(spent[-100:]):6.1f} ms  {scores}"
@@ -381,7 +381,8 @@ def watch(args):
         film.close()
     if not spent and end != "Ctrl-C":
         raise common.BadInput(f"--watch {args.watch}: {end}")
-    numbers = [f"{kind}={counts[kind]}" for kind in ("read", "shown", "skipped", "dropped")]
+    numbers = [f"read={counts.total()}"]
+    numbers += [f"{kind}={counts[kind]}" for kind in ("shown", "skipped", "dropped")]
     numbers += [f"p{p}_ms={np.percentile(spent or [0], p):.1f}" for p in (50, 95)]
     print(f"{line}\n{end}\nRESULT tinyclip_swap watch={args.watch} {' '.join(numbers)}")
     if end not in ("end of the stream", "Ctrl-C"):
@@ -433,20 +434,10 @@ def parse(argv=None):
         parser.error('--fps takes more than 0, --watch --labels: --labels "waving, running"')
     film = Path(args.save or "film.mp4")
     if film.suffix not in (".mp4", ".mkv", ".mov") or not film.resolve().parent.is_dir() or \
-            (args.watch and film.resolve() == Path(args.watch).resolve()):
+            (args.save and film.resolve() == Path(args.watch or "-").resolve()):
         parser.error("--save takes an .mp4, .mkv or .mov in a folder that is there, not the file "
                      "that is watched")
     return args
-
-
-def start(toy):
-    """Join the other processes of torchrun, if any. Toy networks run faster on one thread."""
-    if toy:
-        torch.set_num_threads(1)
-    if GPU:
-        torch.cuda.set_device(DEVICE)
-    if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if GPU else "gloo")
 
 
 def build_arms(args, cache):
@@ -472,7 +463,10 @@ def build_arms(args, cache):
 def main(argv=None):
     """Train, test and measure the arms. -> {arm: numbers}"""
     args, began = parse(argv), time.time()
-    start(args.large.startswith("toy-"))
+    if args.large.startswith("toy-"):
+        torch.set_num_threads(1)  # small networks run faster on one thread
+    if WORLD > 1:
+        dist.init_process_group("nccl" if GPU else "gloo")
     if args.watch:
         return watch(args)
     cache = Path(args.out) / "cache"

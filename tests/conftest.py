@@ -33,16 +33,43 @@ def toy(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def toys(cache):
-    """All toy clips of split 1 in the test view of the toy CLIPs, decoded once:
-    {part: (videos (N, 8, 3, 32, 32), labels)}, and the names of the classes."""
-    data, parts = common.read_data("toy", cache=cache), {}
+def coded(tmp_path_factory):
+    """A small data set for the compressed scripts: of each class, 4 clips to train on, 2 to test."""
+    folder = tmp_path_factory.mktemp("data") / "small-pairs"
+    common.make_toy_folder(folder, train=48, test=24, pairs=True)
+    return folder
+
+
+def decoded(data, frames):
+    """All clips in the test view of the toy CLIPs -> {part: (videos (N, T, 3, 32, 32), labels)},
+    and the names of the classes."""
+    parts = {}
     for part in ("train", "test"):
-        clips = common.Clips(getattr(data, part), 8, 37)
-        batches = list(common.clip_loader(clips, 100))
-        parts[part] = (torch.cat([common.centre_crop(batch.video, 32) for batch in batches]),
-                       torch.tensor([label for batch in batches for label in batch.label]))
+        batches = list(common.ClipLoader(common.Clips(getattr(data, part), frames, 37), 100))
+        labels = [label for batch in batches for label in batch.label]
+        videos = torch.cat([common.centre_crop(batch.video, 32) for batch in batches])
+        parts[part] = videos, torch.tensor(labels)
     return parts, data.classes
+
+
+@pytest.fixture(scope="session")
+def toys(cache):
+    """All toy clips of split 1, 8 frames of each, decoded once."""
+    return decoded(common.read_data("toy", cache=cache), 8)
+
+
+@pytest.fixture(scope="session")
+def moves(tmp_path_factory):
+    """A data set of toy clips with four motions: they are learned sooner than all six."""
+    folder = tmp_path_factory.mktemp("data") / "moves"
+    common.make_toy_folder(folder, train=400, test=80, motions=tuple(common.MOTIONS)[:4])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def moving(moves):
+    """The clips of `moves`, 4 frames of each, decoded once."""
+    return decoded(common.read_data(str(moves)), 4)
 
 
 @pytest.fixture(scope="session")
@@ -65,9 +92,10 @@ def run_script():
 
 
 @pytest.fixture(scope="session")
-def plain(run_script, out):
-    """The plain command of tinyclip_swap.py, once, as a process; what it printed. It leaves a large
-    and a small model trained on the toy clips."""
-    done = run_script("tinyclip_swap.py", "--out", out)
+def plain(run_script, moves, out):
+    """tinyclip_swap.py as a process, once, on the clips of four motions -> what it printed, and the
+    checkpoint of its large model, which has learned them; it sees 4 frames."""
+    done = run_script("tinyclip_swap.py", "--data", moves, "--small", "toy-small:random",
+                      "--frames", 4, "--epochs", 4, "--batch-size", 16, "--out", out)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout, out / "tinyclip_swap" / "moves-s1-seed0" / "large-last.pt"
