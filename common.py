@@ -220,12 +220,10 @@ class VideoData:
                 f"{len(self.test)} test clips")
 
     def digest(self):
-        """Classes and clips as a number: the same wherever the folder lies."""
-        listed = [repr(self.classes)]
-        for path, label in [*self.train, ("", -1), *self.test]:
-            size = os.path.getsize(path) if path else 0
-            listed.append(f"{'/'.join(Path(path).parts[-3:])} {size} {label}")
-        return zlib.crc32("\n".join(listed).encode())
+        """A number for classes and clips, the same wherever the folder lies."""
+        sizes = [os.path.getsize(path) for path, _ in self.train + self.test]
+        clips = [(Path(path).parts[-2:], label) for path, label in self.train + self.test]
+        return zlib.crc32(repr((self.classes, len(self.train), clips, sizes)).encode())
 
     def notes(self):
         """-> list of sentences, what a reader of the results should know"""
@@ -253,34 +251,31 @@ def words(name):
 def read_data(data, split=1, allow_missing=False, cache="runs/cache", toys="toy"):
     """Read the lists of a data set: `toy`, or a folder in one of FORMATS. -> VideoData
 
-    split: 1, 2 or 3, where there are several. Labels come from class names, never from ids in a
-    list. allow_missing: go on without listed clips that do not exist. toys: what `toy` is, one of
-    TOYS. Raises BadInput for an unknown format, missing clips, an empty list, a class without
-    training clips and a clip on both lists."""
-    root = Path(data)
+    split: 1, 2 or 3, where there are several. allow_missing: go on without listed clips that do not
+    exist. toys: what `toy` is, one of TOYS. Labels come from class names, never from ids in a list.
+    Raises BadInput for an unknown format, missing clips, an empty list, a class without training
+    clips and a clip on both lists."""
+    root, name = Path(data), Path(data).resolve().name
     if data == "toy":
         root = cached(cache, toys, functools.partial(make_toy_folder, **TOYS[toys]), TOYS[toys],
                       make_toy_folder, toy_truth, toy_clip, draw_toys, write_video, MOTIONS,
                       DIAGONALS, SHAPES, COLOURS, SCENES)
     if not root.is_dir():
         raise BadInput(f"--data {data}: no such folder; name a folder, or `toy`; {FORMATS}")
-    numbered = root / f"train{split}.csv", root / f"test{split}.csv"
-    plain = root / "train.csv", root / "test.csv"
+    pairs = [(root / f"train{number}.csv", root / f"test{number}.csv") for number in (split, "")]
+    lists = [pair for pair in pairs[:1 + (split == 1)] if all(map(Path.is_file, pair))]
     if (root / "testTrainMulti_7030_splits").is_dir():
         rows = _hmdb_rows(root, root / "testTrainMulti_7030_splits", split)
     elif (root / "ucfTrainTestlist").is_dir():
         rows = _ucf_rows(root, root / "ucfTrainTestlist", split)
-    elif all(map(Path.is_file, numbered)):
-        rows = [_csv_rows(root, path) for path in numbered]
-    elif split == 1 and all(map(Path.is_file, plain)):
-        rows = [_csv_rows(root, path) for path in plain]
+    elif lists:
+        rows = [_csv_rows(root, path) for path in lists[0]]
     elif split == 1 and (root / "train").is_dir() and (root / "test").is_dir():
         rows = [_folder_rows(root / part) for part in ("train", "test")]
     else:
         held = ", ".join(sorted(path.name for path in root.iterdir())[:4]) or "nothing"
         raise BadInput(f"--data {data}: no data set with a split {split} is recognised there (it "
                        f"holds {held}); {FORMATS}")
-    name = "toy" if data == "toy" else root.resolve().name
     found = _checked(name, root, *rows, allow_missing)
     if (root / "ucfTrainTestlist").is_dir():
         found.official = [name.title().replace(" ", "") for name in found.classes]
@@ -317,19 +312,13 @@ def _ucf_rows(root, lists, split):
 def _csv_rows(root, path):
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            header, *lines = csv.reader(file)
-    except (ValueError, csv.Error) as error:  # empty, not UTF-8
-        raise BadInput(f"{path}: no UTF-8 list with a first line path,label ({error})") from None
-    header = [cell.strip().lower() for cell in header]
-    if not {"path", "label"} <= set(header):
-        raise BadInput(f"{path}: its first line is {','.join(header)}; it must be path,label")
-    at, rows = (header.index("path"), header.index("label")), []
-    for number, line in enumerate(filter(None, lines), start=1):
-        clip, label = (line[i].strip() if i < len(line) else "" for i in at)
-        if not clip or not label:
-            raise BadInput(f"{path}: clip {number} lacks its path or its label")
-        rows.append((root / clip, label))
-    return rows
+            lines = [(line["path"].strip(), line["label"].strip()) for line in csv.DictReader(file)]
+    except (ValueError, csv.Error, KeyError, AttributeError) as error:
+        raise BadInput(f"{path}: no UTF-8 list whose first line is path,label, with both in each "
+                       f"line ({type(error).__name__}: {error})") from None
+    if not all(itertools.chain(*lines)):
+        raise BadInput(f"{path}: a clip lacks its path or its label")
+    return [(root / clip, label) for clip, label in lines]
 
 
 def _folder_rows(folder):
@@ -823,9 +812,8 @@ def coded_copy(path, folder):
 
 
 class Sample(NamedTuple):
-    """video: uint8 (V*T, 3, H, W) or Coded; label: class index, or -1 of a test clip that cannot be
-    decoded; key: (epoch, index); bad: [(path, reason)] of the clips that failed on the way. A batch
-    is a Sample of lists: clips differ in shape until they are cropped."""
+    """video: uint8 (V*T, 3, H, W) or Coded; label: class index; key: (epoch, index); bad: [(path,
+    reason)] of clips that failed. A batch is a Sample of lists: clips differ in shape."""
     video: torch.Tensor | Coded | None
     label: int
     key: tuple
@@ -836,11 +824,10 @@ class Clips(torch.utils.data.Dataset):
     """Decodes the clip of a key (epoch, index) -> Sample.
 
     clips: list of (path, class index). frames: T or S. side: shorter side in pixels. sampling:
-    `tsn`, `dense`, this with `views` windows at test, or `coded`, a P-frame of each of S segments;
-    copies: a folder where re-encoded clips are kept (see coded_copy), if they are to be used.
-    train: random frames. A clip that cannot be decoded is replaced by another one in training; in
-    testing it is black and of no class, and so counts as wrong.
-    """
+    `tsn`; `dense`, with `views` windows at test; or `coded`, a P-frame of each of S segments, of
+    copies in the folder `copies` where that is given (see coded_copy). train: random frames. A clip
+    that cannot be decoded is replaced by another one in training; in testing it is black and has
+    label -1, and so counts as wrong."""
 
     def __init__(self, clips, frames, side=None, sampling="tsn", views=1, train=False, seed=0,
                  copies=None):
@@ -912,11 +899,9 @@ def _collate(samples):
 
 
 class ClipLoader(torch.utils.data.DataLoader):
-    """DataLoader over Clips; its batches are Samples of lists. Set .order.epoch.
-
-    batch: clips of all processes together. Clips that cannot be decoded go into `bad`, a dict
-    {path: reason}, and are named once on stderr. Raises BadInput when they are more than ten and
-    more than 1 % of the clips, and where clips or batch are too few for the processes."""
+    """DataLoader over Clips; its batches are Samples of lists. Set .order.epoch. batch: of all
+    processes together. Clips that cannot be decoded go into `bad`, {path: reason}, and are named
+    once on stderr. Raises BadInput when they are more than ten and more than 1 % of the clips."""
 
     def __init__(self, clips, batch, workers=0, rank=None, world=None, bad=None):
         if world is None:
@@ -1142,14 +1127,11 @@ def _bare(state):
 
 def load_strictly(module, state, path, name):
     """module.load_state_dict(state); where the two do not fit, BadInput says in what."""
-    own = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    got = {key: tuple(value.shape) for key, value in state.items()}
-    wrong = [key for key in sorted(own.keys() | got.keys()) if own.get(key) != got.get(key)]
-    if wrong:
-        first, absent = wrong[0], "absent"
-        raise BadInput(f"{path} does not fit {name}: {len(wrong)} tensors differ, first {first}: "
-                       f"{got.get(first, absent)} in the file, {own.get(first, absent)} wanted")
-    module.load_state_dict(state)
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        wrong = [line.strip() for line in str(error).splitlines()[1:]]
+        raise BadInput(f"{path} does not fit {name}: {wrong[0][:300]}") from error
 
 
 def _train_toy_clip(name, path, steps=300, batch=128):

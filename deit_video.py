@@ -78,6 +78,8 @@ import common
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if GPU else torch.device("cpu")
+if GPU:
+    torch.cuda.set_device(DEVICE)
 MACHINE = torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU"
 FLOOR, THRESHOLD = .3, .2  # of eq. (4)
 
@@ -222,10 +224,10 @@ def make_optimizer(model, lr, steps):
 
 
 def keep(row, rows, epochs, path, flags, about, parts):
-    """The end of an epoch: log its row, and write the state of `parts`, {name: module or
-    optimizer}, to `path`, renamed into place: a kill leaves the old checkpoint or the new one."""
+    """Log the row of an epoch, and write the state of `parts`, {name: module or optimizer}, to
+    `path`; renamed into place: a kill leaves the old checkpoint or the new one."""
     rows.append(row)
-    if len(rows) == epochs:
+    if len(rows) == epochs:  # finished: no optimizer
         parts = {name: part for name, part in parts.items() if hasattr(part, "parameters")}
     if RANK == 0:
         cells = [f"{k} {x:.4f}" if isinstance(x, float) else f"{k} {x}" for k, x in row.items()]
@@ -236,16 +238,14 @@ def keep(row, rows, epochs, path, flags, about, parts):
 
 
 def resume(path, flags, parts):
-    """Load what a killed run has left -> its rows of the log. Raises BadInput where its flags or
-    clips were others."""
+    """Load what a killed run has left -> its rows. Raises BadInput: other flags or clips."""
     saved = torch.load(path, map_location=DEVICE, weights_only=True)
     other = [f"{key} {value}, now {flags[key]}" for key, value in saved["flags"].items()
              if flags[key] != value and key not in ("resume", "workers", "out")]
     if other:
         raise common.BadInput(f"--resume: the run of {path} had {'; '.join(other)}")
-    for name, part in parts.items():
-        if name in saved:  # a finished run has left no optimizer
-            part.load_state_dict(saved[name])
+    for name in parts.keys() & saved.keys():
+        parts[name].load_state_dict(saved[name])
     return saved["rows"]
 
 
@@ -266,7 +266,9 @@ def token_texts(loss, z_t, prompts, draws, rng):
 
 
 def token_loss(loss, h_token, t, labels, texts, z_t, scale, tau):
-    """L_token of eq. (6), for the global batch"""
+    """L_token of eq. (6), for the global batch; 0 where one head is trained"""
+    if loss is None:
+        return h_token.new_zeros(())
     if loss == "gt":
         return kl_pair(h_token, t, labels, scale)                               # (6), gt
     if loss == "hard":
@@ -314,11 +316,9 @@ def train(name, student, teacher, data, mirror, args, run, log):
                 h_token, h_frame, t, scale, texts, logits = wrapped(
                     view, prompts[draws, batch.label], more, said)
             h_token, h_frame, t = (gather(x.float()) for x in (h_token, h_frame, t))  # (B, D)
-            frame = total = kl_pair(h_frame, t, labels, scale)
-            token = torch.zeros((), device=DEVICE)
-            if loss:
-                token = token_loss(loss, h_token, t, labels, texts, z_t, scale, args.tau)
-                total = deit_loss(frame, token, args.alpha)
+            frame = kl_pair(h_frame, t, labels, scale)
+            token = token_loss(loss, h_token, t, labels, texts, z_t, scale, args.tau)
+            total = deit_loss(frame, token, args.alpha if loss else 0.)
             spatial = []
             for z, q_k, task in zip(logits, q, tasks, strict=True):
                 spatial.append(spatial_loss(gather(z), q_k[index], task.multi_label))
@@ -458,16 +458,6 @@ def parse(argv=None):
     return args
 
 
-def start(toy):
-    """Join the other processes of torchrun, if any. Toy networks run faster on one thread."""
-    if toy:
-        torch.set_num_threads(1)
-    if GPU:
-        torch.cuda.set_device(DEVICE)
-    if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if GPU else "gloo")
-
-
 def build(name, arm, tasks, args, cache):
     """-> the TwoHeaded network of an arm"""
     torch.manual_seed(args.seed)  # the arms do not depend on each other
@@ -475,8 +465,8 @@ def build(name, arm, tasks, args, cache):
     model = common.build_action_clip(args.student if arm.swap else args.teacher, cache=cache,
                                      token=arm.second == "token", checkpoint=file)
     if file and model.frames not in (None, args.frames):
-        raise common.BadInput(f"--teacher-checkpoint {file} was trained with {model.frames} frames; "
-                              f"teacher and student see the same: say --frames {model.frames}")
+        raise common.BadInput(f"--teacher-checkpoint {file} has {model.frames} frames, and teacher "
+                              f"and student see the same: say --frames {model.frames}")
     if args.compile:
         torch.compiler.config.recompile_limit = 64  # arms x batch sizes x training, testing
         model.encode_frames = torch.compile(model.encode_frames)
@@ -500,7 +490,10 @@ def read_targets(data, args):
 def main(argv=None):
     """Train a teacher and its students, test and measure them. -> {arm: numbers}"""
     args, began = parse(argv), time.time()
-    start(args.student.startswith("toy-"))
+    if args.student.startswith("toy-"):
+        torch.set_num_threads(1)  # small networks run faster on one thread
+    if WORLD > 1:
+        dist.init_process_group("nccl" if GPU else "gloo")
     cache = Path(args.out) / "cache"
     data = common.read_data(args.data, args.split, args.allow_missing, cache,
                             "toy-diagonals" if args.unseen else "toy")
@@ -547,10 +540,10 @@ def report(students, results, answers, tests, args, log, run, began):
         results[name] |= cost(student.eval().model, args.frames)
         scores += [f"{name}{group}={results[name]['top1' + group]:.4f}" for group in tests]
     chances = [f"top1{group} {1 / len(part.classes):.3f}" for group, part in tests.items()]
-    print(f"{table(list(results.values()))}\nframe, token, mean: top-1 of each read-out, top1 of the "
-          f"deployed one, on {len(data.test)} test clips; chance: {', '.join(chances)}.\nagree: with "
-          f"the teacher; cosine of the two vectors; M: million parameters without the word table; "
-          f"GMAC, ms: of a clip, texts cached")
+    print(f"{table(list(results.values()))}\nframe, token, mean: top-1 of each read-out; agree: with "
+          f"the teacher; cosine: of the two vectors; M: million parameters\nwithout the word table; "
+          f"GMAC, ms: of a clip, texts cached. {len(data.test)} test clips; chance: "
+          f"{', '.join(chances)}")
     for note in data.notes():
         print(f"NOTE {note}")
     write_record(run / "run.json", args, data, results, log, began)

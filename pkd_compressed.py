@@ -76,6 +76,8 @@ import common
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if GPU else torch.device("cpu")
+if GPU:
+    torch.cuda.set_device(DEVICE)
 MACHINE = torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU"
 STREAMS, ORDERS = ("mv", "r", "i"), ("ce", "progressive", "anti", "iframe")
 
@@ -128,24 +130,21 @@ class Streams(nn.Module):
 
 class Exits(nn.Module):
     """Exits 1 to 3 of every stream, for every order; all orders start from the same weights.
-    {stream: maps}, S -> {order: {stream: [z_1, z_2, z_3], (B, K) each}}"""
+    {stream: maps}, S -> {(order, stream): [z_1, z_2, z_3], (B, K) each}"""
 
     def __init__(self, streams, orders, classes, seed):
         super().__init__()
         self.heads = nn.ModuleDict()
         for order in orders:
             torch.manual_seed(seed + 1)
-            self.heads[order] = nn.ModuleDict()
-            for stream, net in streams.nets.items():
-                self.heads[order][stream] = common.exit_heads(net, classes)
+            own = {stream: common.exit_heads(net, classes) for stream, net in streams.nets.items()}
+            self.heads[order] = nn.ModuleDict(own)
 
     def forward(self, maps, S):
         out = {}
-        for order, heads in self.heads.items():
-            out[order] = {}
-            for stream, held in maps.items():
-                pairs = zip(heads[stream], held, strict=True)
-                out[order][stream] = [head(f, S) for head, f in pairs]
+        for order, stream in itertools.product(self.heads, maps):
+            pairs = zip(self.heads[order][stream], maps[stream], strict=True)
+            out[order, stream] = [head(f, S) for head, f in pairs]
         return out
 
 
@@ -186,10 +185,10 @@ def adamw(module, lr, steps):
 
 
 def keep(row, rows, epochs, path, flags, about, parts):
-    """The end of an epoch: log its row, and write the state of `parts`, {name: module or
-    optimizer}, to `path`, renamed into place: a kill leaves the old checkpoint or the new one."""
+    """Log the row of an epoch, and write the state of `parts`, {name: module or optimizer}, to
+    `path`; renamed into place: a kill leaves the old checkpoint or the new one."""
     rows.append(row)
-    if len(rows) == epochs:
+    if len(rows) == epochs:  # finished: no optimizer
         parts = {name: part for name, part in parts.items() if hasattr(part, "parameters")}
     if RANK == 0:
         cells = [f"{k} {x:.4f}" if isinstance(x, float) else f"{k} {x}" for k, x in row.items()]
@@ -200,16 +199,14 @@ def keep(row, rows, epochs, path, flags, about, parts):
 
 
 def resume(path, flags, parts):
-    """Load what a killed run has left -> its rows of the log. Raises BadInput where its flags or
-    clips were others."""
+    """Load what a killed run has left -> its rows. Raises BadInput: other flags or clips."""
     saved = torch.load(path, map_location=DEVICE, weights_only=True)
     other = [f"{key} {value}, now {flags[key]}" for key, value in saved["flags"].items()
              if flags[key] != value and key not in ("resume", "workers", "out")]
     if other:
         raise common.BadInput(f"--resume: the run of {path} had {'; '.join(other)}")
-    for name, part in parts.items():
-        if name in saved:  # a finished run has left no optimizer
-            part.load_state_dict(saved[name])
+    for name in parts.keys() & saved.keys():
+        parts[name].load_state_dict(saved[name])
     return saved["rows"]
 
 
@@ -276,7 +273,8 @@ def feature_cache(streams, clips, mirror, args, data):
         loader.order.epoch = crop
         for batch in tqdm(loader, f"crop {crop + 1}/{args.crops}", leave=False, disable=None):
             labels, maps, z = run_frozen(streams, batch, mirror, args)
-            room = 2e-9 * rows * sum(f.numel() for f in itertools.chain(*maps.values())) / len(labels)
+            values = sum(f.numel() for f in itertools.chain(*maps.values())) // len(labels)
+            room = 2e-9 * rows * values
             if room > args.cache_gb:
                 print(f"the features take {room:.0f} GB, more than --cache-gb: every epoch decodes "
                       f"anew", flush=True)
@@ -287,7 +285,7 @@ def feature_cache(streams, clips, mirror, args, data):
     maps, z = {}, {}
     for s in STREAMS:
         z[s] = torch.cat([row[2][s] for row in found])                          # (rows, K)
-        maps[s] = [torch.cat([row[1][s][k] for row in found]) for k in range(3)]  # (rows, S, c, h, w)
+        maps[s] = [torch.cat([row[1][s][k] for row in found]) for k in range(3)]  # (rows, S, ...)
     return torch.cat([row[0] for row in found]), maps, z
 
 
@@ -319,8 +317,8 @@ def train_exits(streams, exits, data, mirror, args, flags, about, run, log):
     parts = {"streams": streams, "exits": exits, "optimizer": optimizer, "schedule": schedule}
     path = run / "last.pt"
     rows = resume(path, flags, parts) if args.resume and path.exists() else []
-    missing = len(rows) < args.exit_epochs
-    cache = feature_cache(streams, clips, mirror, args, data) if missing else None
+    finished = len(rows) == args.exit_epochs
+    cache = None if finished else feature_cache(streams, clips, mirror, args, data)
     wrapped = nn.parallel.DistributedDataParallel(exits) if WORLD > 1 else exits
     names = [f"{order}-{stream}" for order, stream in itertools.product(args.order, STREAMS)]
     for epoch in range(len(rows), args.exit_epochs):
@@ -334,7 +332,7 @@ def train_exits(streams, exits, data, mirror, args, flags, about, run, log):
             with autocast():
                 out = wrapped(maps, args.segments)
             for order, stream in itertools.product(args.order, STREAMS):
-                z = [z_k.float() for z_k in out[order][stream]]                 # (B, K) each
+                z = [z_k.float() for z_k in out[order, stream]]                 # (B, K) each
                 who = teacher_at(step, steps, order, stream, args.third_teacher)
                 losses.append(exits_loss(z, labels, z_t.get(who), args.tau))
             sum(losses).backward()
@@ -343,10 +341,8 @@ def train_exits(streams, exits, data, mirror, args, flags, about, run, log):
             schedule.step()
             sums += torch.stack(losses).detach() / len(loader)
         terms = dict(zip(names, average(sums, exits), strict=True))
-        who = functools.partial(teacher_at, step, steps, stream="self", third=args.third_teacher)
-        teachers = {order: str(who(order=order)) for order in args.order}
         speed = len(loader) * loader.order.batch / (time.time() - began)
-        row = {"stage": "exits", "epoch": epoch + 1, **teachers, **terms, "clips_per_s": speed}
+        row = {"stage": "exits", "epoch": epoch + 1, **terms, "clips_per_s": speed}
         keep(row, rows, args.exit_epochs, path, flags, about, parts)
     log += rows
 
@@ -361,19 +357,21 @@ def evaluate(streams, exits, data, args):
     exits.eval()
     clips = common.Clips(data.test, args.segments, None, "coded", copies=args.copies)
     loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
-    hits = torch.zeros(len(args.order), 3, 4, device=DEVICE)
+    pairs = list(itertools.product(args.order, STREAMS))
+    hits = torch.zeros(len(pairs), 4, device=DEVICE)
     for batch in tqdm(loader, "test", leave=False, disable=None):
         labels, maps, z_4 = run_frozen(streams, batch, None, args)
         with autocast():
             z = exits(maps, args.segments)
-        for o, order in enumerate(args.order):
-            for s, stream in enumerate(STREAMS):
-                for k, z_k in enumerate([*z[order][stream], z_4[stream]]):
-                    hits[o, s, k] += (z_k.argmax(1) == labels).sum()
+        for row, pair in zip(hits, pairs, strict=True):
+            top = [z_k.argmax(1) == labels for z_k in [*z[pair], z_4[pair[1]]]]
+            row += torch.stack(top).sum(1)
     if WORLD > 1:
         dist.all_reduce(hits)
-    shares = (hits / len(clips)).tolist()
-    return {order: dict(zip(STREAMS, shares[o], strict=True)) for o, order in enumerate(args.order)}
+    top1 = {order: {} for order in args.order}
+    for (order, stream), row in zip(pairs, (hits / len(clips)).tolist(), strict=True):
+        top1[order][stream] = row
+    return top1
 
 
 def milliseconds(function):
@@ -388,10 +386,10 @@ def costs(streams, exits, args):
     """What a clip costs up to each exit, with the exits before it -> {stream: [(GMAC, ms) x 4]}"""
     found, heads = {}, exits.heads[args.order[0]]
     for stream, net in streams.eval().nets.items():
-        x = torch.rand(1, args.segments, 2 if stream == "mv" else 3, args.size, args.size)
-        found[stream] = []
+        size = 1, args.segments, 2 if stream == "mv" else 3, args.size, args.size
+        x, found[stream] = torch.rand(size, device=DEVICE), []
         for k in (1, 2, 3, 4):
-            def run(k=k, net=net, own=heads[stream], x=x.to(DEVICE)):
+            def run(k=k, net=net, own=heads[stream], x=x):
                 return [z.cpu() for z in itertools.islice(common.exit_logits(net, own, x), k)]
 
             with FlopCounterMode(display=False) as counter:
@@ -403,58 +401,57 @@ def costs(streams, exits, args):
 def flatness(streams, data, args, clips=128, probes=30, sizes=(.01, .03, .1)):
     """How flat the minimum of each network is, on some training clips in the test view: the trace
     of the Hessian of the cross entropy by Hutchinson's estimate E[v H v], v of +1 and -1, and how
-    much the loss rises when noise of size |w| times each of `sizes` is added to each tensor w.
-    BatchNorm uses its running statistics. -> rows, mean and standard error over the probes"""
+    much the loss rises under noise of each of these relative sizes. BatchNorm uses its running
+    statistics. -> rows, mean and standard error over the probes"""
     chosen = np.random.default_rng(args.seed).permutation(len(data.train))[:clips]
-    part = common.Clips([data.train[i] for i in chosen], args.segments, None, "coded",
-                        copies=args.copies)
+    part = [data.train[i] for i in chosen]
+    part = common.Clips(part, args.segments, None, "coded", copies=args.copies)
     batches, rows = [], []
-    for batch in common.ClipLoader(part, args.batch_size, args.workers, bad=data.bad):
+    for batch in common.ClipLoader(part, args.batch_size, args.workers, 0, 1, data.bad):
         if min(batch.label) >= 0:
             batches.append((see(batch, args), torch.tensor(batch.label, device=DEVICE)))
     for stream, net in streams.eval().nets.items():
         generator = torch.Generator(DEVICE).manual_seed(args.seed)
         weights = [w for w in net.parameters() if w.requires_grad]
-        traces = [hessian_probe(net, stream, batches, weights, generator) for _ in range(probes)]
-        row = {"stream": stream, "M": sum(w.numel() for w in weights) / 1e6,
-               "loss": loss_of(net, stream, batches), "trace": float(np.mean(traces)),
-               "se": float(np.std(traces, ddof=1) / probes ** .5)}
-        before = [w.detach().clone() for w in weights]
-        for size in sizes:
-            rises = []
-            for _ in range(probes):
-                with torch.no_grad():
-                    for w, old in zip(weights, before, strict=True):
-                        u = torch.randn(w.shape, generator=generator, device=DEVICE)
-                        w.copy_(old + size * old.norm() * u / u.norm())
-                rises.append(loss_of(net, stream, batches) - row["loss"])
-            row |= {f"rise{size:g}": float(np.mean(rises)),
-                    f"se{size:g}": float(np.std(rises, ddof=1) / probes ** .5)}
-        with torch.no_grad():
-            for w, old in zip(weights, before, strict=True):
-                w.copy_(old)
-        rows.append(row)
+        size, loss = sum(w.numel() for w in weights) / 1e6, loss_of(net, stream, batches).item()
+        found = {"trace": [hessian_probe(net, stream, batches, generator) for _ in range(probes)]}
+        for eps in sizes:
+            shaken = [loss_near(net, stream, batches, generator, eps) for _ in range(probes)]
+            found[f"rise{eps:g}"] = np.array(shaken) - loss
+        rows.append({"stream": stream, "M": size, "loss": loss})
+        for name, x in found.items():
+            se = np.std(x, ddof=1) / probes ** .5
+            rows[-1] |= {name: float(np.mean(x)), f"se {name}": float(se)}
     return rows
 
 
-@torch.no_grad()
 def loss_of(net, stream, batches):
-    count = sum(len(labels) for _, labels in batches)
     losses = [F.cross_entropy(net(x[stream])[1], labels, reduction="sum") for x, labels in batches]
-    return sum(losses).item() / count
+    return sum(losses) / sum(len(labels) for _, labels in batches)
 
 
-def hessian_probe(net, stream, batches, weights, generator):
+def hessian_probe(net, stream, batches, generator):
     """v H v for one v, H the Hessian of the mean cross entropy"""
+    weights = [w for w in net.parameters() if w.requires_grad]
     v = [torch.randn(w.shape, generator=generator, device=DEVICE).sign() for w in weights]
-    count, total = sum(len(labels) for _, labels in batches), 0.
-    for x, labels in batches:
-        loss = F.cross_entropy(net(x[stream])[1], labels, reduction="sum") / count
-        slopes = torch.autograd.grad(loss, weights, create_graph=True)
-        slope = sum((g * v_w).sum() for g, v_w in zip(slopes, v, strict=True))
-        Hv = torch.autograd.grad(slope, weights)
-        total += sum((h * v_w).sum() for h, v_w in zip(Hv, v, strict=True)).item()
-    return total
+    slopes = torch.autograd.grad(loss_of(net, stream, batches), weights, create_graph=True)
+    slope = sum((g * v_w).sum() for g, v_w in zip(slopes, v, strict=True))
+    Hv = torch.autograd.grad(slope, weights)
+    return sum((h * v_w).sum() for h, v_w in zip(Hv, v, strict=True)).item()
+
+
+@torch.no_grad()
+def loss_near(net, stream, batches, generator, eps):
+    """The loss where each tensor w has got eps |w| u / |u| added, u normal"""
+    weights = [w for w in net.parameters() if w.requires_grad]
+    before = [w.clone() for w in weights]
+    for w in weights:
+        u = torch.randn(w.shape, generator=generator, device=DEVICE)
+        w += eps * w.norm() * u / u.norm()
+    loss = loss_of(net, stream, batches).item()
+    for w, old in zip(weights, before, strict=True):
+        w.copy_(old)
+    return loss
 
 
 def draw_streams(data, args, path):
@@ -504,8 +501,8 @@ def parse(argv=None):
     add("--data", default="toy", help="toy, or a folder; the README lists the formats")
     add("--split", type=int, default=1, choices=(1, 2, 3), help="of the data set's lists")
     add("--allow-missing", action="store_true", help="go on without missing clips")
-    add("--reencode", action="store_true", help="work on copies in CoViAR's form, made in OUT/cache "
-        "on first use: for files other than MPEG-4 with I- and P-frames alone")
+    add("--reencode", action="store_true", help="work on copies in CoViAR's form, made in "
+        "OUT/cache on first use: for files other than MPEG-4 with I- and P-frames alone")
     add("--segments", type=int, default=3, help="S, frames per clip")
     add("--size", type=int, help="pixels; 32 for toy clips, else 224")
     add("--holdout", type=float, default=.2, help="share of each class's training clips that no "
@@ -520,8 +517,8 @@ def parse(argv=None):
     add("--epochs", type=int, help="of the networks; 24 for toy clips, else 120")
     add("--exit-epochs", type=int, help="of the exits; 24 for toy clips, else 60")
     add("--crops", type=int, default=2, help="fixed crops per clip for the exits")
-    add("--cache-gb", type=float, default=16., help="size limit of the cache of the frozen networks' "
-        "outputs; HMDB51 at 224 pixels takes 72")
+    add("--cache-gb", type=float, default=16., help="room for what the frozen networks say; HMDB51 "
+        "at 224 pixels takes 72")
     add("--batch-size", type=int, default=32, help="of all processes together")
     add("--lr", type=float, help="3e-3 for toy networks, else 1e-3")
     add("--compile", action="store_true", help="torch.compile the three networks")
@@ -541,19 +538,9 @@ def parse(argv=None):
     args.copies = f"{args.out}/cache/{name}-mpeg4" if args.reencode else None
     if min(args.segments, args.epochs, args.exit_epochs, args.crops, args.batch_size) < 1 or \
             args.size < 32 or not 0 <= args.holdout < 1 or args.tau <= 0:
-        parser.error("--segments, --epochs, --exit-epochs, --crops and --batch-size take 1 or more, "
+        parser.error("--segments, --epochs, --exit-epochs, --crops, --batch-size take 1 or more, "
                      "--size 32 or more, --holdout 0 to 1, --tau more than 0")
     return args
-
-
-def start(toy):
-    """Join the other processes of torchrun, if any. Toy networks run faster on one thread."""
-    if toy:
-        torch.set_num_threads(1)
-    if GPU:
-        torch.cuda.set_device(DEVICE)
-    if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if GPU else "gloo")
 
 
 def refuse_unfit(data):
@@ -566,14 +553,18 @@ def refuse_unfit(data):
             continue
     unfit = {path: reason for path, reason in unfit.items() if reason}
     for path, reason in unfit.items():
-        raise common.BadInput(f"{len(unfit)} of {len(data.train + data.test)} clips cannot serve as "
-                              f"they are, first {path}: {reason}; add --reencode to work on copies")
+        raise common.BadInput(f"{len(unfit)} of {len(data.train + data.test)} clips cannot serve "
+                              f"as they are, first {path}: {reason}; add --reencode, which works "
+                              f"on copies")
 
 
 def main(argv=None):
     """Train three networks and their exits, test and measure them. -> numbers"""
     args, began = parse(argv), time.time()
-    start("toy" in args.networks)
+    if "toy" in args.networks:
+        torch.set_num_threads(1)  # small networks run faster on one thread
+    if WORLD > 1:
+        dist.init_process_group("nccl" if GPU else "gloo")
     data = common.read_data(args.data, args.split, args.allow_missing, Path(args.out) / "cache",
                             toys="toy-pairs")
     if not args.reencode:
@@ -610,10 +601,10 @@ def report(streams, exits, top1, minima, data, args, log, run, began):
     cost, rows = costs(streams, exits, args), []
     for (s, stream), k in itertools.product(enumerate(STREAMS), range(4)):
         gmac, ms = cost[stream][k]
-        row = {"stream": stream, "network": args.networks[s], "exit": k + 1, "GMAC": gmac, "ms": ms}
-        rows.append(row | {order: top1[order][stream][k] for order in args.order})
-    print(f"{table(rows)}\ntop-1 of {len(data.test)} test clips, chance {1 / len(data.classes):.3f}. "
-          f"GMAC and ms: of a clip, with the exits before;\nexit 4 is the frozen network's own.")
+        row = {"stream": stream, "network": args.networks[s], "exit": k + 1, "GMAC": gmac}
+        rows.append(row | {"ms": ms} | {order: top1[order][stream][k] for order in args.order})
+    print(f"{table(rows)}\ntop-1 of {len(data.test)} test clips, chance {1 / len(data.classes):.3f}."
+          f" GMAC and ms: of a clip, with the exits before; exit 4: the frozen network's own")
     if minima:
         mv, r, i = (row["trace"] for row in minima)
         print(f"{table(minima)}\nse: standard error. The paper's order of flatness, I < R < MV, "

@@ -72,6 +72,8 @@ import common
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if GPU else torch.device("cpu")
+if GPU:
+    torch.cuda.set_device(DEVICE)
 MACHINE = torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU"
 KEEP, FLOOR, THRESHOLD = 16, .3, .2  # of eqs. (3), (4)
 
@@ -338,10 +340,10 @@ def make_optimizer(model, lr, steps):
 
 
 def keep(row, rows, epochs, path, flags, about, parts):
-    """The end of an epoch: log its row, and write the state of `parts`, {name: module or
-    optimizer}, to `path`, renamed into place: a kill leaves the old checkpoint or the new one."""
+    """Log the row of an epoch, and write the state of `parts`, {name: module or optimizer}, to
+    `path`; renamed into place: a kill leaves the old checkpoint or the new one."""
     rows.append(row)
-    if len(rows) == epochs:
+    if len(rows) == epochs:  # finished: no optimizer
         parts = {name: part for name, part in parts.items() if hasattr(part, "parameters")}
     if RANK == 0:
         cells = [f"{k} {x:.4f}" if isinstance(x, float) else f"{k} {x}" for k, x in row.items()]
@@ -352,16 +354,14 @@ def keep(row, rows, epochs, path, flags, about, parts):
 
 
 def resume(path, flags, parts):
-    """Load what a killed run has left -> its rows of the log. Raises BadInput where its flags or
-    clips were others."""
+    """Load what a killed run has left -> its rows. Raises BadInput: other flags or clips."""
     saved = torch.load(path, map_location=DEVICE, weights_only=True)
     other = [f"{key} {value}, now {flags[key]}" for key, value in saved["flags"].items()
              if flags[key] != value and key not in ("resume", "workers", "out")]
     if other:
         raise common.BadInput(f"--resume: the run of {path} had {'; '.join(other)}")
-    for name, part in parts.items():
-        if name in saved:  # a finished run has left no optimizer
-            part.load_state_dict(saved[name])
+    for name in parts.keys() & saved.keys():
+        parts[name].load_state_dict(saved[name])
     return saved["rows"]
 
 
@@ -435,8 +435,8 @@ def by_products(student, v, banks):
 
 @torch.no_grad()
 def evaluate(student, data, args):
-    """Test on every clip, without the heads; what these say is compared with the ground truth, where
-    known. -> top-1, {task: accuracy}, {index: (class, by-products)} of this process's clips"""
+    """Test on every clip, without the heads; what these say is compared with known ground truth.
+    -> top-1, {task: accuracy}, {index: (class, by-products)} of this process's clips"""
     model, tasks, said = student.eval().model, student.tasks, {}
     text = model.embed_classes(data.classes)                                    # (16, K, D)
     banks = [embed_labels(model, task) for task in tasks]
@@ -557,20 +557,13 @@ def parse(argv=None):
     return args
 
 
-def start(toy):
-    """Join the other processes of torchrun, if any. Toy networks run faster on one thread."""
-    if toy:
-        torch.set_num_threads(1)
-    if GPU:
-        torch.cuda.set_device(DEVICE)
-    if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if GPU else "gloo")
-
-
 def main(argv=None):
     """Label the training clips, train and test the arms. -> {arm: numbers}"""
     args, began = parse(argv), time.time()
-    start(args.student.startswith("toy-"))
+    if args.student.startswith("toy-"):
+        torch.set_num_threads(1)  # small networks run faster on one thread
+    if WORLD > 1:
+        dist.init_process_group("nccl" if GPU else "gloo")
     cache, toys = Path(args.out) / "cache", "toy-diagonals" if args.unseen else "toy"
     data = common.read_data(args.data, args.split, args.allow_missing, cache, toys)
     tests = common.split_unseen(data, args.unseen, args.seed)

@@ -6,12 +6,12 @@ checkpoint this reads). WISE, weighted inference with scaled ensemble, is not Wi
 averages the weights of two CLIPs: here logits are added, and all that is learned is a number per
 exit.
 
-Three networks on motion vectors, residuals and I-frames have four exits each, from cheap to
-expensive. A clip runs through them in a fixed order; at exit j the logits of all exits so far are
-added with weights w_j, learned for that j. Once the class is sure enough, the clip leaves: the rest
-does not run, and pictures that only the rest would need are not decoded. Much of what such an
-ensemble gains may be plain late fusion, so beside it stand baselines with fixed weights: each exit
-alone, the mean of all exits so far, the mean of the finished networks.
+Three networks on motion vectors, residuals and I-frames have four exits each. A clip runs through
+them in a fixed order, from cheap to expensive; at exit j the logits of all exits so far are added
+with weights w_j, learned for that j. Once the class is sure enough, the clip leaves: the rest does
+not run, and pictures that only the rest would need are not decoded. Much of what such an ensemble
+gains may be plain late fusion, so beside it stand baselines with fixed weights: each exit alone,
+the mean of all exits so far, the mean of the finished networks.
 
 Exits e = 0..E-1 in --exit-order, logits z_e (N, K) of N clips, labels y, K classes:
   (1) weighted_logits  u_j = sum_{e <= j} W_je z_e;    W (E, E), lower-triangular
@@ -39,7 +39,6 @@ the code's last exit has hand-written weights. Cheapest stream first; --exit-ord
 code's. Some of the code's variants divide u_j by j + 1: same class, other confidence.
 """
 import argparse
-import csv
 import itertools
 import json
 import platform
@@ -53,9 +52,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import common
@@ -69,18 +66,18 @@ STREAMS, SIZES = ("mv", "r", "i"), (1, 2, 3, 4)  # exits of a stream
 
 
 def weighted_logits(logits, weights):
-    """Eq. (1). logits (E, N, K), weights (E, E) -> (E, N, K)"""
-    return torch.einsum("je,enk->jnk", weights, logits)                         # (E, N, K)     (1)
+    """Eq. (1). logits (E, N, K), weights (J, E), one row or more -> u (J, N, K)"""
+    return torch.einsum("je,enk->jnk", weights, logits)                         # (J, N, K)     (1)
 
 
 def fit_wise(logits, labels, l1):
-    """Eq. (2). logits (E, N, K), labels (N,) -> (E, E), whose row j weighs exits 0..j"""
-    W = torch.zeros(len(logits), len(logits)).double()                          # (E, E)
-    for j in range(len(logits)):
+    """Eq. (2). logits (E, N, K), labels (N,) -> W (E, E), whose row j weighs exits 0..j"""
+    E, W = len(logits), torch.zeros(len(logits), len(logits)).double()
+    for j in range(E):
         z = logits[:j + 1].double()                                             # (j+1, N, K)
 
         def objective(w, z=z):                                                  # (j+1,)
-            u = torch.einsum("e,enk->nk", w, z)                                 # (N, K)        (1)
+            u = weighted_logits(z, w[None])[0]                                  # (N, K)        (1)
             size = ((w ** 2 + 1e-8).sqrt() - 1e-4).sum()
             return F.cross_entropy(u, labels) + l1 * size                       # ()            (2)
         W[j, :j + 1] = minimum(objective, j + 1)
@@ -103,19 +100,19 @@ def expected_cost(left, costs):
 
 
 def minimum(objective, size):
-    """The minimum of a convex function of (size,), by L-BFGS from the mean."""
+    """The minimum of a convex function of (size,), by L-BFGS from the mean; started anew where its
+    picture of the curvature has gone bad."""
     w = torch.full((size,), 1 / size, dtype=torch.float64, requires_grad=True)
-    for _ in range(10):  # started anew where its picture of the curvature has gone bad
-        solver = torch.optim.LBFGS([w], max_iter=300, tolerance_grad=1e-9, tolerance_change=0,
-                                   history_size=20, line_search_fn="strong_wolfe")
 
-        def step(solver=solver):
-            solver.zero_grad()
-            value = objective(w)
-            value.backward()
-            return value
+    def step():
+        w.grad = None
+        value = objective(w)
+        value.backward()
+        return value
 
-        solver.step(step)
+    for _ in range(10):
+        torch.optim.LBFGS([w], max_iter=300, tolerance_grad=1e-9, tolerance_change=0,
+                          history_size=20, line_search_fn="strong_wolfe").step(step)
         step()
         if w.grad.abs().max() < 1e-8:
             break
@@ -136,21 +133,11 @@ def baselines(exits):
     return {"alone": alone, "uniform": uniform / uniform.sum(1, keepdim=True), "fusion": fusion}
 
 
-class Looker:
-    """What the networks see of one clip, decoded only when it is asked for: motion alone first, the
-    pictures when r or i needs them; of S segments each stream its own number."""
-
-    def __init__(self, path, segments, size):
-        self.path, self.segments, self.size, self.held = path, segments, size, {}
-
-    def __call__(self, stream):
-        S, pictures = self.segments[stream], stream != "mv"
-        if (S, True) not in self.held and (S, pictures) not in self.held:
-            found = common.p_frames(self.path)
-            indices = found[common.segment_indices(len(found), S)]
-            coded = common.read_compressed(self.path, indices, pictures).to(DEVICE)
-            self.held[S, pictures] = common.compressed_view([coded], self.size)
-        return self.held.get((S, True), self.held.get((S, pictures)))[stream]
+def load_part(module, state, start):
+    """Load what begins with `start`, for inference alone."""
+    own = {key.removeprefix(start): x for key, x in state.items() if key.startswith(start)}
+    module.load_state_dict(own)
+    module.to(DEVICE).eval().requires_grad_(False)
 
 
 class Cascade:
@@ -162,18 +149,25 @@ class Cascade:
         self.segments = {stream: segments.get(stream, flags["segments"]) for stream in STREAMS}
         self.exits = list(itertools.product(exit_order, SIZES))
         for stream, name in zip(STREAMS, flags["networks"], strict=True):
-            net = common.ExitNet(stream, name, len(self.classes))
-            heads = common.exit_heads(net, len(self.classes))
-            for module, state, start in ((net, "streams", f"nets.{stream}."),
-                                         (heads, "exits", f"heads.{order}.{stream}.")):
-                own = {key.removeprefix(start): value for key, value in saved[state].items()
-                       if key.startswith(start)}
-                module.load_state_dict(own)
-                module.to(DEVICE).eval().requires_grad_(False)
-            self.nets[stream], self.heads[stream] = net, heads
+            net = self.nets[stream] = common.ExitNet(stream, name, len(self.classes))
+            heads = self.heads[stream] = common.exit_heads(net, len(self.classes))
+            load_part(net, saved["streams"], f"nets.{stream}.")
+            load_part(heads, saved["exits"], f"heads.{order}.{stream}.")
 
     def look(self, path):
-        return Looker(path, self.segments, self.size)
+        """-> function: stream -> what its network sees of a clip. Decoded when first asked for, and
+        only motion until r or i needs the pictures."""
+        held = {}
+
+        def view(stream):
+            S, pictures = self.segments[stream], stream != "mv"
+            if (S, True) not in held and (S, pictures) not in held:
+                found = common.p_frames(path)
+                indices = found[common.segment_indices(len(found), S)]
+                coded = common.read_compressed(path, indices, pictures).to(DEVICE)
+                held[S, pictures] = common.compressed_view([coded], self.size)
+            return held.get((S, True), held.get((S, pictures)))[stream]
+        return view
 
     def outputs(self, look):
         """Yields the logits (K,) of exit after exit; what lies behind does not run, and is not
@@ -190,8 +184,9 @@ class Cascade:
         for j, z_j in enumerate(self.outputs(look)):
             z.append(z_j)
             if weights is not None:
-                p = (weights[j, :j + 1, None] * torch.stack(z)).sum(0).softmax(-1)  # (1)
-                if p.max() > theta:                                                 # (3)
+                u = weighted_logits(torch.stack(z)[:, None], weights[j:j + 1, :j + 1])
+                p = u[0, 0].softmax(-1)                                         # (K,)
+                if p.max() > theta:                                             # as in (3)
                     break
         return torch.stack(z), p
 
@@ -216,18 +211,17 @@ class Cascade:
     def costs(self):
         """-> GMAC of a clip up to each exit, with every exit before it, (E,); of each whole network
         without exits, {stream: GMAC}"""
-        costs, whole, before = [], {}, 0.
-        for stream in dict.fromkeys(stream for stream, _ in self.exits):
-            x = torch.rand(1, self.segments[stream], 2 if stream == "mv" else 3, self.size,
-                           self.size, device=DEVICE)
-            for k in SIZES:
+        costs, whole = [], {}
+        for stream, group in itertools.groupby(self.exits, key=lambda exit: exit[0]):
+            net, before = self.nets[stream], costs[-1] if costs else 0.
+            size = 1, self.segments[stream], 2 if stream == "mv" else 3, self.size, self.size
+            x = torch.rand(size, device=DEVICE)
+            for _, k in group:
                 with FlopCounterMode(display=False) as counter:
-                    outputs = common.exit_logits(self.nets[stream], self.heads[stream], x)
-                    list(itertools.islice(outputs, k))
+                    list(itertools.islice(common.exit_logits(net, self.heads[stream], x), k))
                 costs.append(before + counter.get_total_flops() / 2e9)
-            before = costs[-1]
             with FlopCounterMode(display=False) as counter:
-                self.nets[stream](x)
+                net(x)
             whole[stream] = counter.get_total_flops() / 2e9
         return torch.tensor(costs, dtype=torch.float64), whole
 
@@ -301,39 +295,30 @@ def sweep(saved, order, args, held, test, bad):
     return rows
 
 
-def classify(cascade, path, weights, theta):
-    """--video: a line about one file; one whose vectors cannot be used is re-encoded first."""
-    note = ""
-    with tempfile.TemporaryDirectory() as folder:
-        source, start = path, time.perf_counter()
+def classify(cascade, paths, weights, theta):
+    """--video: a line about each file; one whose vectors cannot be used is re-encoded first."""
+    lines = []
+    for path in paths:
+        note, start = "", time.perf_counter()
         try:
-            z, p = cascade.run(cascade.look(source), weights, theta)
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    z, p = cascade.run(cascade.look(path), weights, theta)
+                except common.BadVideo as error:
+                    if not error.reason.endswith("re-encode it"):
+                        raise
+                    copy, note = common.coded_copy(path, folder), f"  ({error.reason}: done)"
+                    z, p = cascade.run(cascade.look(copy), weights, theta)
         except common.BadVideo as error:
-            if not error.reason.endswith("re-encode it"):
-                raise
-            source = common.coded_copy(path, folder)
-            note = f"  (re-encoded in {time.perf_counter() - start:.1f} s, since {error.reason})"
-            start = time.perf_counter()
-            z, p = cascade.run(cascade.look(source), weights, theta)
-    ms, (stream, k) = 1e3 * (time.perf_counter() - start), cascade.exits[len(z) - 1]
-    return f"{path}: {cascade.classes[p.argmax()]}, {p.max():.3f}, exit {stream}{k}, {ms:.1f} ms{note}"
-
-
-def draw_exits(cascade, test, said, left, labels, path):
-    """Test clips, from those that left first to those that stayed longest: exit and label, green if
-    right, else red"""
-    read, tiles = [n for n in left.argsort(stable=True).tolist() if labels[n] >= 0], []
-    for n in read[::max(1, len(read) // 30)][:30]:
-        found = common.p_frames(test[n][0])
-        frame = common.read_frames(test[n][0], [found[len(found) // 2]], 160)
-        tile = F.pad(TF.center_crop(frame[0], [160, 220]), (0, 0, 30, 0))
-        stream, k = cascade.exits[left[n]]
-        for row, text in ((0, f"{stream}{k}"), (14, cascade.classes[said[n]][:34])):
-            tile = torchvision.utils.draw_bounding_boxes(
-                tile, torch.tensor([[0, row, 219, 189]]), [text],
-                "lime" if said[n] == labels[n] else "red")
-        tiles.append(tile)
-    torchvision.io.write_png(torchvision.utils.make_grid(tiles, 6), str(path))
+            print(f"cannot decode {path}: {error.reason}", file=sys.stderr)
+            continue
+        ms, (stream, k) = 1e3 * (time.perf_counter() - start), cascade.exits[len(z) - 1]
+        lines.append(f"{path}: {cascade.classes[p.argmax()]}, {p.max():.3f}, exit {stream}{k}, "
+                     f"{ms:.1f} ms{note}")
+        print(lines[-1], flush=True)
+    if not lines:
+        raise common.BadInput("none of the files can be decoded")
+    return {"video": lines}
 
 
 def table(rows):
@@ -372,7 +357,7 @@ def parse(argv=None):
     add("--theta", default="auto", help="of eq. (3): a number, or auto, chosen on held-out clips")
     add("--max-loss", type=float, default=.5, help="points of top-1 that auto may lose there")
     add("--segments", default="", help="per stream, as mv=1,r=1,i=1; without it as in training")
-    add("--sweep", action="store_true", help="segments x points lost, also as tradeoff.csv")
+    add("--sweep", action="store_true", help="segments x points that may be lost")
     add("--video", nargs="+", metavar="FILE", help="classify these files instead of the test clips")
     add("--allow-missing", action="store_true", help="go on without missing clips")
     add("--out", default="runs", help="folder for runs and the cache")
@@ -397,20 +382,21 @@ def load(args):
     """-> the checkpoint of pkd_compressed.py, its path, and which order's exits to use"""
     name = f"{Path(args.data).resolve().name}-s{args.split}-seed{args.seed}"
     path = Path(args.checkpoint or Path(args.out) / "pkd_compressed" / name / "last.pt")
+    command = (f"python pkd_compressed.py --data {args.data} --split {args.split} --seed "
+               f"{args.seed} --out {args.out}")
     if not path.exists():
-        raise common.BadInput(f"{path} is missing; make it with: python pkd_compressed.py --data "
-                              f"{args.data} --split {args.split} --seed {args.seed} --out "
-                              f"{args.out}")
+        raise common.BadInput(f"{path} is missing; make it with: {command}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        orders, finished = saved["flags"]["order"], "optimizer" not in saved
+        orders = saved["flags"]["order"]
     except Exception as error:  # torch.load raises many kinds
         raise common.BadInput(f"{path} is no checkpoint of pkd_compressed.py "
                               f"({type(error).__name__})") from error
     order = args.order or ("progressive" if "progressive" in orders else orders[0])
-    if not finished or order not in orders:
-        raise common.BadInput(f"{path} is not finished; go on with --resume" if not finished else
-                              f"{path} has exits of {', '.join(orders)}, none of --order {order}")
+    if "optimizer" in saved:
+        raise common.BadInput(f"{path} is not finished; go on with: {command} --resume")
+    if order not in orders:
+        raise common.BadInput(f"{path} has exits of {', '.join(orders)}, none of --order {order}")
     return saved, path, order
 
 
@@ -439,14 +425,14 @@ def main(argv=None):
         torch.set_num_threads(1)
     cascade = Cascade(saved, order, args.exit_order, args.segments)
     data, held = read_clips(saved, path, args)
-    print(f"{path}: exits of order {order}; {len(held)} held-out clips, {len(data.test)} test clips,"
-          f" segments {cascade.segments}; {MACHINE}", flush=True)
+    print(f"{path}: exits of order {order}; {len(held)} held-out clips, {len(data.test)} test "
+          f"clips, segments {cascade.segments}; {MACHINE}", flush=True)
     z, labels = cascade.logits(held, data.bad)
     z, labels, (costs, whole) = z[:, labels >= 0], labels[labels >= 0], cascade.costs()
     W = fit_wise(z, labels, args.l1)
     theta = choose_theta(z, labels, W, costs, args.max_loss) if args.theta == "auto" else args.theta
     if args.video:
-        return classify_all(cascade, args.video, W, theta)
+        return classify(cascade, args.video, W, theta)
 
     z_t, y_t = cascade.logits(data.test, data.bad)
     weights, rows = {**baselines(cascade.exits), "WISE": W}, []
@@ -471,19 +457,6 @@ def main(argv=None):
     return results
 
 
-def classify_all(cascade, files, weights, theta):
-    lines = []
-    for path in files:
-        try:
-            lines.append(classify(cascade, path, weights, theta))
-            print(lines[-1], flush=True)
-        except common.BadVideo as error:
-            print(f"cannot decode {path}: {error.reason}", file=sys.stderr)
-    if not lines:
-        raise common.BadInput("none of the files can be decoded")
-    return {"video": lines}
-
-
 def report(results, cascade, data, said, left, labels, saved, args, began):
     """Write record and picture; print the tables and RESULT."""
     flags, points, rows = saved["flags"], results["points"], []
@@ -492,8 +465,8 @@ def report(results, cascade, data, said, left, labels, saved, args, began):
         leave = [f"{stream}{k} {share:.0%}" for (stream, k), share in shares if share > 0]
         rows.append({"operating point": name, "theta": point["theta"], "top1": point["top1"],
                      "GMAC": point["GMAC"], "clips leave at": " ".join(leave)})
-    print(f"{table(results['exits'])}\ntop-1 if every clip stops there: the exit alone; the mean of "
-          f"the exits so far; the mean of the finished\nnetworks; WISE. GMAC: of a clip up to there"
+    print(f"{table(results['exits'])}\ntop-1 if every clip stops there: the exit alone; the mean "
+          f"of the exits so far; that of the finished networks;\nWISE. GMAC: of a clip up to there"
           f"\n\n{table(rows)}\nBaselines have a theta set on held-out clips to WISE's cost. Early "
           f"exit: {points['WISE, early exit']['ms']:.1f} ms a clip with decoding; run for real, "
           f"{results['same']:.1%} of the clips get this table's class")
@@ -504,12 +477,11 @@ def report(results, cascade, data, said, left, labels, saved, args, began):
     run = Path(args.out) / "wise_infer" / f"{saved['data']}-s{flags['split']}-seed{flags['seed']}"
     run.mkdir(parents=True, exist_ok=True)
     write_record(run / "run.json", args, data, results, [], began)
-    if results["sweep"]:
-        with open(run / "tradeoff.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, results["sweep"][0])
-            writer.writeheader()
-            writer.writerows(results["sweep"])
-    draw_exits(cascade, data.test, said, left, labels, run / "run.png")
+    lines = {}
+    for n in (labels >= 0).nonzero()[:, 0].tolist():
+        (stream, k), name = cascade.exits[left[n]], cascade.classes[said[n]]
+        lines[n] = f"leaves at {stream}{k}: {name}", bool(said[n] == labels[n])
+    common.contact_sheet(data.test, lines, 8, run / "run.png")
     scores = [f"{key}={results[key]:.4f}" for key in ("last", "last_gmac", "fusion", "fusion_gmac")]
     for key, name in (("wise", "WISE"), ("early", "WISE, early exit")):
         scores += [f"{key}={points[name]['top1']:.4f}", f"{key}_gmac={points[name]['GMAC']:.4f}"]
