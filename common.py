@@ -23,6 +23,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import zlib
 from bisect import bisect_left, bisect_right
 from fractions import Fraction
@@ -95,29 +96,20 @@ def toy_caption(truth):
     return f"a {truth['colour']} {truth['shape']} at the {place} on {truth['scene']}"
 
 
-def draw_toys(truths, x, y, radius, pixels):
-    """Stills with the objects at x, y, of that radius, (B,) each -> uint8 (B, pixels, pixels, 3)"""
+def draw_toy(truth, x, y, radius, pixels):
+    """Still with the object at x, y, of that radius -> uint8 (pixels, pixels, 3)"""
     row, column = (np.mgrid[:pixels, :pixels].astype(np.float32) + .5) / pixels     # (H, W)
-    phase = np.array([truth["phase"] for truth in truths], np.float32)              # (B, 2)
-    p = (column + phase[:, :1, None]) * 8 % 1                                       # (B, H, W)
-    q = (row + phase[:, 1:, None]) * 8 % 1
-    scenes = {"stripes": p < .5, "checks": (p < .5) ^ (q < .5),
-              "dots": np.hypot(p - .5, q - .5) < .3, "plain ground": np.zeros_like(p, bool)}
-
-    u = (column - x[:, None, None]) / radius[:, None, None]                         # (B, H, W)
-    v = (row - y[:, None, None]) / radius[:, None, None]
+    across, down = np.float32(truth["phase"])
+    p, q = (column + across) * 8 % 1, (row + down) * 8 % 1
+    ground = {"stripes": p < .5, "checks": (p < .5) ^ (q < .5),
+              "dots": np.hypot(p - .5, q - .5) < .3, "plain ground": p < 0}[truth["scene"]]
+    u, v = (column - x) / radius, (row - y) / radius
     far, near = np.maximum(abs(u), abs(v)), np.minimum(abs(u), abs(v))
-    shapes = {"circle": u * u + v * v < 1, "square": far < .85,
-              "triangle": (v < .8) & (v > 2.4 * abs(u) - 1.1),
-              "cross": (near < .35) & (far < 1)}
-
-    ground = np.stack([scenes[truth["scene"]][i] for i, truth in enumerate(truths)])
-    inside = np.stack([shapes[truth["shape"]][i] for i, truth in enumerate(truths)])
-    paint = np.array([COLOURS[truth["colour"]] for truth in truths], np.float32)    # (B, 3)
+    inside = {"circle": u * u + v * v < 1, "square": far < .85, "cross": (near < .35) & (far < 1),
+              "triangle": (v < .8) & (v > 2.4 * abs(u) - 1.1)}[truth["shape"]]
     shade = .85 + .15 * np.sin(5 * u) * np.sin(5 * v)  # motion inside the object is visible, too
-    pictures = np.where(inside[..., None], paint[:, None, None] * shade[..., None],
-                        np.where(ground, 110, 70)[..., None])
-    return pictures.astype(np.uint8)
+    paint = np.float32(COLOURS[truth["colour"]]) * shade[..., None]                 # (H, W, 3)
+    return np.where(inside[..., None], paint, np.where(ground, 110, 70)[..., None]).astype(np.uint8)
 
 
 def toy_clip(truth, frames=16, pixels=64):
@@ -125,12 +117,13 @@ def toy_clip(truth, frames=16, pixels=64):
     time = np.linspace(-.5, .5, frames, dtype=np.float32) * truth["speed"]
     dx, dy, grow = (MOTIONS | DIAGONALS)[truth["motion"]]
     x, y = truth["x"] + .5 * dx * time, truth["y"] + .5 * dy * time
-    return draw_toys([truth] * frames, x, y, truth["radius"] * np.exp(grow * time), pixels)
+    places = zip(x, y, truth["radius"] * np.exp(grow * time), strict=True)
+    return np.stack([draw_toy(truth, *place, pixels) for place in places])
 
 
 def write_video(path, frames, fps=24, codec="mpeg4", pix_fmt="yuv420p", **options):
     """Encode uint8 frames (N, H, W, 3): I- and P-frames, an I-frame every 12. options: strings for
-    the codec, instead of these."""
+    the codec."""
     options = {"g": "12", "bf": "0", "qmin": "2", "qmax": "4", **options}
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps, options=options)
@@ -144,11 +137,12 @@ def make_toy_folder(folder, train=1200, test=300, seed=0, pairs=False, motions=t
     """Draw and encode toy clips into `folder`: train1.csv, test1.csv, train2.csv, test2.csv (see
     above), truth.json and the clips. pairs: split 1 alone, classes "circle moving left", ...; these
     clips are larger and longer and have a vector per 8 pixels."""
-    rng, truths, rows = np.random.default_rng(seed), {}, {}
+    rng, truths = np.random.default_rng(seed), {}
     shape, options = ((24, 96), {"flags": "+mv4"}) if pairs else ((16, 64), {})
-    for part, count in (("train", train), ("test", test), ("swapped", 0 if pairs else test)):
+    parts = [("train", train, "train1"), ("test", test, "test1"), ("swapped", test, "test2")]
+    for part, count, name in parts[:2 if pairs else 3]:
         (folder / part).mkdir(parents=True)
-        rows[part] = [("path", "label")]
+        rows = [("path", "label")]
         for i in range(count):
             action, label = i % len(motions), motions[i % len(motions)]
             scene = SCENES[(action + 2 * (part == "swapped")) % len(SCENES)]
@@ -158,16 +152,13 @@ def make_toy_folder(folder, train=1200, test=300, seed=0, pairs=False, motions=t
             if pairs:
                 truth["shape"] = ("circle", "cross")[i // len(motions) % 2]
                 label = f"{truth['shape']} {label}"
-            name = f"{part}/{i:04d}.mp4"
-            write_video(folder / name, toy_clip(truth, *shape), **options)
-            truths[name] = truth
-            rows[part].append((name, label))
-    lists = {"train1": "train", "test1": "test"}
-    if not pairs:
-        lists |= {"train2": "train", "test2": "swapped"}
-    for name, part in lists.items():
+            rows.append((f"{part}/{i:04d}.mp4", label))
+            truths[rows[-1][0]] = truth
+            write_video(folder / rows[-1][0], toy_clip(truth, *shape), **options)
         with open(folder / f"{name}.csv", "w", newline="") as file:
-            csv.writer(file).writerows(rows[part])
+            csv.writer(file).writerows(rows)
+    if not pairs:
+        shutil.copy(folder / "train1.csv", folder / "train2.csv")
     (folder / "truth.json").write_text(json.dumps(truths, indent=0))
 
 
@@ -177,22 +168,17 @@ TOYS = {"toy": {}, "toy-pairs": {"train": 900, "test": 240, "pairs": True},  # f
 
 def cached(cache, name, make, *sources):
     """Path of a file or folder in the cache; where it is missing, process 0 calls make(path). The
-    name carries a digest of `sources`, functions and values, so that what older code has made is
-    not reused. Made under another name and renamed: a kill leaves nothing half-made."""
+    name carries a digest of `sources`, functions and values: what older code made is not reused.
+    Made elsewhere and moved: a kill leaves nothing half-made."""
     code = "".join(inspect.getsource(s) if callable(s) else repr(s) for s in sources)
     path = Path(cache) / f"{name}-{zlib.crc32(code.encode()):08x}"
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    if first and not path.exists():
+    if not path.exists() and (not dist.is_initialized() or dist.get_rank() == 0):
         print(f"making {path}, once ...", file=sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"part-{os.getpid()}-{path.name}")
-        try:
-            make(part)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            make(Path(folder) / name)
             with contextlib.suppress(OSError):  # another run was faster
-                part.rename(path)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-            part.unlink(missing_ok=True)
+                (Path(folder) / name).rename(path)
     if dist.is_initialized():
         dist.barrier()
     return path
@@ -221,19 +207,18 @@ class VideoData:
 
     def digest(self):
         """A number for classes and clips, the same wherever the folder lies."""
-        sizes = [os.path.getsize(path) for path, _ in self.train + self.test]
-        clips = [(Path(path).parts[-2:], label) for path, label in self.train + self.test]
-        return zlib.crc32(repr((self.classes, len(self.train), clips, sizes)).encode())
+        clips = [(Path(p).parts[-2:], k, os.path.getsize(p)) for p, k in self.train + self.test]
+        return zlib.crc32(repr((self.classes, len(self.train), clips)).encode())
 
     def notes(self):
         """-> list of sentences, what a reader of the results should know"""
         trained = {label for _, label in self.train}
-        untrained = [name for i, name in enumerate(self.classes) if i not in trained]
         found = {"listed clips are missing": self.missing,
                  "classes are held out of training": self.unseen,
-                 "classes have no training clip": untrained,
+                 "classes have no training clip":
+                     [name for i, name in enumerate(self.classes) if i not in trained],
                  "clips cannot be decoded; test clips among them count as wrong": list(self.bad)}
-        return [f"{len(names)} {what}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+        return [f"{len(names)} {what}, first {', '.join(names[:4])}"
                 for what, names in found.items() if names]
 
 
@@ -255,31 +240,53 @@ def read_data(data, split=1, allow_missing=False, cache="runs/cache", toys="toy"
     exist. toys: what `toy` is, one of TOYS. Labels come from class names, never from ids in a list.
     Raises BadInput for an unknown format, missing clips, an empty list, a class without training
     clips and a clip on both lists."""
-    root, name = Path(data), Path(data).resolve().name
+    root = Path(data)
     if data == "toy":
         root = cached(cache, toys, functools.partial(make_toy_folder, **TOYS[toys]), TOYS[toys],
-                      make_toy_folder, toy_truth, toy_clip, draw_toys, write_video, MOTIONS,
+                      make_toy_folder, toy_truth, toy_clip, draw_toy, write_video, MOTIONS,
                       DIAGONALS, SHAPES, COLOURS, SCENES)
     if not root.is_dir():
         raise BadInput(f"--data {data}: no such folder; name a folder, or `toy`; {FORMATS}")
-    pairs = [(root / f"train{number}.csv", root / f"test{number}.csv") for number in (split, "")]
-    lists = [pair for pair in pairs[:1 + (split == 1)] if all(map(Path.is_file, pair))]
-    if (root / "testTrainMulti_7030_splits").is_dir():
-        rows = _hmdb_rows(root, root / "testTrainMulti_7030_splits", split)
-    elif (root / "ucfTrainTestlist").is_dir():
-        rows = _ucf_rows(root, root / "ucfTrainTestlist", split)
-    elif lists:
-        rows = [_csv_rows(root, path) for path in lists[0]]
-    elif split == 1 and (root / "train").is_dir() and (root / "test").is_dir():
-        rows = [_folder_rows(root / part) for part in ("train", "test")]
-    else:
-        held = ", ".join(sorted(path.name for path in root.iterdir())[:4]) or "nothing"
-        raise BadInput(f"--data {data}: no data set with a split {split} is recognised there (it "
-                       f"holds {held}); {FORMATS}")
-    found = _checked(name, root, *rows, allow_missing)
-    if (root / "ucfTrainTestlist").is_dir():
-        found.official = [name.title().replace(" ", "") for name in found.classes]
-    return found
+    train, test = _rows(root, split)
+    classes = sorted({name for _, name in train + test})
+    bare = sorted({name for _, name in test} - {name for _, name in train}) if train else []
+    listed = [{os.path.realpath(path) for path, _ in rows} for rows in (train, test)]
+    missing = [str(path) for path, _ in train + test if not os.path.isfile(path)]
+    wrong = {"classes of the test list have no training clip": bare,
+             "clips are listed both for training and for testing": sorted(listed[0] & listed[1]),
+             f"of {len(train + test)} listed clips are missing (--allow-missing goes on without)":
+                 [] if allow_missing else missing}
+    for what, names in wrong.items():
+        if names:
+            raise BadInput(f"{root}: {len(names)} {what}, first {', '.join(names[:3])}")
+    gone = set(missing)
+    train, test = ([(str(path), classes.index(name)) for path, name in rows
+                    if str(path) not in gone] for rows in (train, test))
+    if not (train and test):
+        raise BadInput(f"{root}: no {'test' if train else 'training'} clips; {len(missing)} listed "
+                       f"clips are missing")
+    official = [name.title().replace(" ", "") for name in classes]
+    return VideoData(Path(data).resolve().name, classes, train, test, missing,
+                     official=official if (root / "ucfTrainTestlist").is_dir() else None)
+
+
+def _rows(root, split):
+    """The lists of a folder as they stand there -> training and test [(path, class name)]"""
+    hmdb, ucf = root / "testTrainMulti_7030_splits", root / "ucfTrainTestlist"
+    if hmdb.is_dir():
+        return _hmdb_rows(root, hmdb, split)
+    if ucf.is_dir():
+        return [_ucf_rows(root, ucf / f"{part}list0{split}.txt") for part in ("train", "test")]
+    for number in (split, "")[:1 + (split == 1)]:
+        lists = [root / f"{part}{number}.csv" for part in ("train", "test")]
+        if all(map(Path.is_file, lists)):
+            return [_csv_rows(root, path) for path in lists]
+    folders = [root / "train", root / "test"]
+    if split == 1 and all(map(Path.is_dir, folders)):
+        return [_folder_rows(folder) for folder in folders]
+    held = ", ".join(sorted(path.name for path in root.iterdir())[:4]) or "nothing"
+    raise BadInput(f"--data {root}: no data set with a split {split} is recognised there (it holds "
+                   f"{held}); {FORMATS}")
 
 
 def _hmdb_rows(root, lists, split):
@@ -288,71 +295,40 @@ def _hmdb_rows(root, lists, split):
         raise BadInput(f"{lists} lacks CLASS_test_split{split}.txt, HMDB51's official lists")
     folders = [file.name.rsplit("_", 2)[0] for file in files]  # brush_hair_test_split1.txt
     home = root if any((root / folder).is_dir() for folder in folders) else root / "hmdb51_org"
-    for file, folder in zip(files, folders, strict=True):
-        for line in file.read_text(errors="replace").splitlines():
-            clip, _, part = line.strip().rpartition(" ")
-            if clip and part in ("1", "2"):  # 1 training, 2 test, 0 neither
-                rows[int(part) - 1].append((home / folder / clip, words(folder)))
+    for file, folder in zip(files, folders, strict=True):  # 1 training, 2 test, 0 neither
+        for clip, part in re.findall(r"^(.+) ([12])\s*$", file.read_text(errors="replace"), re.M):
+            rows[int(part) - 1].append((home / folder / clip, words(folder)))
     return rows
 
 
-def _ucf_rows(root, lists, split):
-    home, rows = root / "UCF-101" if (root / "UCF-101").is_dir() else root, ([], [])
-    files = [lists / f"{part}list0{split}.txt" for part in ("train", "test")]
-    if not all(map(Path.is_file, files)):
-        raise BadInput(f"{lists} lacks {files[0].name} or {files[1].name}, UCF101's official lists")
-    for part, file in zip(rows, files, strict=True):
-        for line in file.read_text(errors="replace").splitlines():
-            if line.strip():
-                clip = line.split()[0]
-                part.append((home / clip, words(clip.split("/")[0])))
-    return rows
+def _ucf_rows(root, file):
+    if not file.is_file():
+        raise BadInput(f"{file} is missing, one of UCF101's official lists")
+    home = root / "UCF-101" if (root / "UCF-101").is_dir() else root
+    clips = re.findall(r"^\S+", file.read_text(errors="replace"), re.M)
+    return [(home / clip, words(clip.split("/")[0])) for clip in clips]
 
 
 def _csv_rows(root, path):
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = [(line["path"].strip(), line["label"].strip()) for line in csv.DictReader(file)]
+            rows = [(line["path"].strip(), line["label"].strip()) for line in csv.DictReader(file)]
+        if not all(itertools.chain(*rows)):
+            raise ValueError("an empty field")
     except (ValueError, csv.Error, KeyError, AttributeError) as error:
         raise BadInput(f"{path}: no UTF-8 list whose first line is path,label, with both in each "
-                       f"line ({type(error).__name__}: {error})") from None
-    if not all(itertools.chain(*lines)):
-        raise BadInput(f"{path}: a clip lacks its path or its label")
-    return [(root / clip, label) for clip, label in lines]
+                       f"line ({error!r})") from None
+    return [(root / clip, label) for clip, label in rows]
 
 
 def _folder_rows(folder):
     rows = []
-    for home in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        clips = sorted(p for p in home.iterdir() if p.is_file() and not p.name.startswith("."))
+    for home in filter(Path.is_dir, sorted(folder.glob("[!.]*"))):
+        clips = list(filter(Path.is_file, sorted(home.glob("[!.]*"))))
         if not clips:
             raise BadInput(f"{home} holds no clip; put some there or remove the folder")
         rows += [(clip, words(home.name)) for clip in clips]
     return rows
-
-
-def _checked(name, root, train, test, allow_missing):
-    classes = sorted({label for _, label in train + test})
-    bare = sorted({label for _, label in test} - {label for _, label in train})
-    files = [{os.path.realpath(path) for path, _ in rows} for rows in (train, test)]
-    both = files[0] & files[1]
-    missing = [str(path) for path, _ in train + test if not os.path.isfile(path)]
-    if bare and train:
-        raise BadInput(f"{root}: {len(bare)} classes of the test list have no training clip, first "
-                       f"{', '.join(bare[:3])}; add some or take the class off the list")
-    if both:
-        raise BadInput(f"{root}: {len(both)} clips are listed both for training and for testing, "
-                       f"first {min(both)}")
-    if missing and not allow_missing:
-        raise BadInput(f"{root}: {len(missing)} of {len(train) + len(test)} listed clips are "
-                       f"missing, first {', '.join(missing[:3])}; --allow-missing goes on without")
-    ids, gone = {label: i for i, label in enumerate(classes)}, set(missing)
-    train, test = ([(str(path), ids[label]) for path, label in rows if str(path) not in gone]
-                   for rows in (train, test))
-    if not (train and test):
-        raise BadInput(f"{root}: no {'test' if train else 'training'} clips"
-                       + (f", since {len(missing)} listed clips are missing" if missing else ""))
-    return VideoData(name, classes, train, test, missing)
 
 
 def split_unseen(data, count, seed=0):
@@ -363,23 +339,23 @@ def split_unseen(data, count, seed=0):
     if not count:
         return {"": data}
     able = [name for name in data.classes if name in DIAGONALS] or data.classes
-    most = min(len(able), len(data.classes) - 2)
-    if not 2 <= count <= most:
+    if not 2 <= count <= min(len(able), len(data.classes) - 2):
         raise BadInput(f"--unseen {count}: of {data.name}'s {len(data.classes)} classes, two must "
                        f"be left on either side and {len(able)} can be held out")
     unseen = sorted(np.random.default_rng([seed, 4]).choice(able, count, replace=False).tolist())
     seen = [name for name in data.classes if name not in unseen]
 
-    def part(chosen, classes, train=()):
-        parts = []
-        for clips in (train, data.test):
-            named = [(path, data.classes[label]) for path, label in clips]
-            parts.append([(path, classes.index(name)) for path, name in named if name in chosen])
-        return dataclasses.replace(data, name=f"{data.name}-unseen{count}", classes=classes,
-                                   train=parts[0], test=parts[1], unseen=unseen, official=None)
+    def among(classes, clips):
+        named = [(path, data.classes[label]) for path, label in clips]
+        return [(path, classes.index(name)) for path, name in named if name in classes]
 
-    return {"": part(seen, seen, data.train), "_unseen": part(unseen, unseen),
-            "_unseen_all": part(unseen, data.classes)}
+    train, tests = among(seen, data.train), [among(names, data.test) for names in (seen, unseen)]
+    all_ = [clip for clip in data.test if data.classes[clip[1]] in unseen]
+    part = functools.partial(dataclasses.replace, data, name=f"{data.name}-unseen{count}",
+                             unseen=unseen, official=None)
+    return {"": part(classes=seen, train=train, test=tests[0]),
+            "_unseen": part(classes=unseen, train=[], test=tests[1]),
+            "_unseen_all": part(train=[], test=all_)}
 
 
 def hold_out(data, share, seed=0):
@@ -388,8 +364,7 @@ def hold_out(data, share, seed=0):
     rng, held = np.random.default_rng([seed, 7]), set()
     for k in sorted({label for _, label in data.train}):
         own = list(dict.fromkeys(path for path, label in data.train if label == k))
-        count = min(len(own) - 1, round(share * len(own)))
-        held |= set(rng.permutation(own)[:count].tolist())
+        held |= set(rng.permutation(own)[:min(len(own) - 1, round(share * len(own)))].tolist())
     rest = [clip for clip in data.train if clip[0] not in held]
     return dataclasses.replace(data, train=rest), [clip for clip in data.train if clip[0] in held]
 
@@ -913,7 +888,7 @@ class ClipLoader(torch.utils.data.DataLoader):
             raise BadInput(f"--batch-size and {len(clips)} training clips: too few for {world} "
                            f"processes")
         self.order = ClipOrder(len(clips), batch, clips.train, clips.seed, rank, world)
-        self.bad = {} if bad is None else bad
+        self.bad, self.lost = {} if bad is None else bad, set()  # of several loaders, of this one
         super().__init__(clips, batch_sampler=self.order, num_workers=workers,
                          persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
                          collate_fn=_collate)
@@ -924,9 +899,10 @@ class ClipLoader(torch.utils.data.DataLoader):
                 if path not in self.bad:
                     print(f"cannot decode {path}: {reason}", file=sys.stderr)
                 self.bad[path] = reason
+                self.lost.add(path)
             stuck = any(video is None for video in batch.video)
-            if stuck or len(self.bad) > max(10, .01 * len(self.dataset)):
-                raise BadInput(f"{len(self.bad)} of {len(self.dataset)} clips cannot be decoded, "
+            if stuck or len(self.lost) > max(10, .01 * len(self.dataset)):
+                raise BadInput(f"{len(self.lost)} of {len(self.dataset)} clips cannot be decoded, "
                                f"the last one {list(self.bad)[-1]}; mend them or take them off the "
                                f"list")
             yield batch
@@ -1062,7 +1038,7 @@ def build_clip(spec, cache="runs/cache"):
     path, tag = weights if Path(weights).is_file() else None, {}
     if not weights and name.startswith("toy-"):
         path = cached(cache, name, functools.partial(_train_toy_clip, name), _train_toy_clip,
-                      draw_toys, toy_truth, toy_caption, config)
+                      draw_toy, toy_truth, toy_caption, config)
     elif not weights:
         print(f"{name}: RANDOM WEIGHTS, since no :WEIGHTS were named", file=sys.stderr)
     elif not path and weights != "random":
@@ -1144,12 +1120,13 @@ def _train_toy_clip(name, path, steps=300, batch=128):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
     for _ in range(steps):
         truths = [toy_truth(rng, "growing", str(rng.choice(SCENES))) for _ in range(batch)]
+        stills = []
         for truth in truths:
-            truth |= {"x": rng.uniform(.15, .85), "y": rng.uniform(.15, .85),
-                      "radius": rng.uniform(.1, .25)}
-        place = (np.array([truth[key] for truth in truths]) for key in ("x", "y", "radius"))
-        stills = torch.from_numpy(draw_toys(truths, *place, 32)).permute(0, 3, 1, 2) / 255
-        image = clip.encode_image(TF.normalize(stills, clip.visual.image_mean,
+            truth |= {"x": rng.uniform(.15, .85), "y": rng.uniform(.15, .85)}
+            place = np.array([truth["x"], truth["y"], rng.uniform(.1, .25)])
+            stills.append(draw_toy(truth, *place, 32))
+        pixels = torch.from_numpy(np.stack(stills)).permute(0, 3, 1, 2) / 255
+        image = clip.encode_image(TF.normalize(pixels, clip.visual.image_mean,
                                                clip.visual.image_std), normalize=True)
         text = clip.encode_text(tokenizer(list(map(toy_caption, truths))), normalize=True)
         logits, target = clip.logit_scale.exp() * image @ text.T, torch.arange(batch)
