@@ -1,6 +1,5 @@
 """Motion, residual and I-frame of compressed clips; re-encoding; the networks with exits."""
 import contextlib
-import io
 import json
 import os
 import urllib.error
@@ -20,8 +19,7 @@ import common
 from common import BadInput, BadVideo, Clips, Coded, read_compressed, read_frames, write_video
 
 RNG = np.random.default_rng
-X264 = {"codec": "libx264", "refs": "1"}  # its default, three references, breaks the chain
-CODECS = {"mpeg4": {}, "mv4": {"flags": "+mv4"}, "x264": X264}
+CODECS = {"mpeg4": {}, "mv4": {"flags": "+mv4"}}  # a vector per 16 pixels, or per 8 where it helps
 each_codec = pytest.mark.parametrize("codec", CODECS)
 
 
@@ -58,16 +56,10 @@ def motion(path, i, **options):
     return coded.motion[0].permute(1, 2, 0).numpy() / 4
 
 
-def middle(mv, border):
-    """Leaves out so many pixels, rounded up to whole points, at each side."""
-    cut = -(-border // 4)
-    return mv[cut:-cut, cut:-cut]
-
-
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "pairs"
-    common.make_toy_folder(folder, train=24, test=24, pairs=True)
+    common.make_toy_folder(folder, train=24, test=12, pairs=True)
     return folder
 
 
@@ -75,10 +67,10 @@ def pairs(tmp_path_factory):
 def mixed(tmp_path_factory):
     """{codec: file} of 40 frames in four groups: 20 of a fast pan, 20 of a sprite, with a cut."""
     folder = tmp_path_factory.mktemp("mixed")
-    frames = np.concatenate([pan(3, -1, 20, 72, 104),
-                             sprite(2, 1, 8, 8, 32, 72, 104, frames=20)])
+    moving = sprite(2, 1, 8, 8, 32, 72, 104, frames=20)
     for name, options in CODECS.items():
-        write_video(folder / f"{name}.mp4", frames, **options)
+        write_video(folder / f"{name}.mp4", np.concatenate([pan(3, -1, 20, 72, 104), moving]),
+                    **options)
     return {name: folder / f"{name}.mp4" for name in CODECS}
 
 
@@ -86,30 +78,28 @@ def mixed(tmp_path_factory):
 
 
 @each_codec
-@pytest.mark.parametrize(("dx", "dy"), [(3, 1), (-2, 3), (0, -4), (-5, -2)])
+@pytest.mark.parametrize(("dx", "dy"), [(3, 1), (-5, -2)])
 def test_pan_by_whole_pixels_is_exact(tmp_path, codec, dx, dy):
     write_video(tmp_path / "a.mp4", pan(dx, dy), **CODECS[codec])
+    y, x = np.mgrid[2:96:4, 2:128:4]
     for t in (1, 5, 8):
+        seen = np.minimum(y, y - t * dy) >= 20  # here and where it came from: not at a border
+        seen &= (np.maximum(y, y - t * dy) < 76) & (np.minimum(x, x - t * dx) >= 20)
+        seen &= np.maximum(x, x - t * dx) < 108
+        assert seen.sum() > 50
         for whole in (False, True):
             mv = motion(tmp_path / "a.mp4", t, whole=whole)
-            y, x = np.mgrid[2:96:4, 2:128:4]
-            seen = np.minimum(y, y - t * dy) >= 20  # here and where it came from: not at a border
-            seen &= (np.maximum(y, y - t * dy) < 76) & (np.minimum(x, x - t * dx) >= 20)
-            seen &= np.maximum(x, x - t * dx) < 108
-            assert seen.sum() > 50
             assert (mv[seen] == [t * dx, t * dy]).all()
 
 
-@each_codec
-@pytest.mark.parametrize(("dx", "dy"), [(1, 0), (-1, 1), (3, -1)])
-def test_pan_by_half_pixels_keeps_the_halves(tmp_path, codec, dx, dy):
-    write_video(tmp_path / "a.mp4", pan(dx, dy, parts=2), **CODECS[codec])
+@pytest.mark.parametrize(("dx", "dy"), [(1, 0), (3, -1)])
+def test_pan_by_half_pixels_keeps_the_halves(tmp_path, dx, dy):
+    write_video(tmp_path / "a.mp4", pan(dx, dy, parts=2))
     for t, near in ((1, 0), (11, .6)):  # encoders are a quarter or half off at times
-        inside, true = middle(motion(tmp_path / "a.mp4", t), 32), np.array([t * dx, t * dy]) / 2
-        assert abs(inside - true).mean((0, 1)).max() <= near
-        assert (abs(np.median(inside, (0, 1)) - true) <= near).all()
-    whole = middle(motion(tmp_path / "a.mp4", 11, whole=True), 32)
-    assert abs(whole - true).mean((0, 1)).max() > 2
+        inside = motion(tmp_path / "a.mp4", t)[8:-8, 8:-8]
+        assert abs(inside - np.array([t * dx, t * dy]) / 2).mean((0, 1)).max() <= near
+    whole = motion(tmp_path / "a.mp4", 11, whole=True)[8:-8, 8:-8]
+    assert abs(whole - np.array([11 * dx, 11 * dy]) / 2).mean((0, 1)).max() > 2
 
 
 @each_codec
@@ -131,21 +121,16 @@ def test_sprite_moves_and_the_ground_is_still(tmp_path, codec, dx, dy):
 def test_motion_of_toy_clips_is_the_truth_to_a_pixel(pairs):
     truths, errors = json.loads((pairs / "truth.json").read_text()), []
     for path, _ in common.read_data(pairs).train:
-        true = toy_motion(truths["/".join(path.split("/")[-2:])])
-        at = np.mgrid[2:96:4, 2:96:4].transpose(1, 2, 0)[..., ::-1]  # (x, y)
-        for t in (1, 11):
-            back = at + .5
-            for true_t in true[t:0:-1]:
-                x, y = np.floor(back.clip(0, 95)).astype(int).transpose(2, 0, 1)
-                back = back - true_t[y, x]
-            far = np.hypot(*(motion(path, t) - (at + .5 - back)).transpose(2, 0, 1)) / t
-            errors.append(far[true[t][at[..., 1], at[..., 0]].any(-1)].mean())
-    assert np.mean(errors[::2]) < 1  # one frame
-    assert np.mean(errors[1::2]) < 1  # eleven, a frame
-
-
-def toy_motion(truth):
-    return common.toy_clip(truth, 24, 96)[1]
+        truth = truths["/".join(path.split("/")[-2:])]
+        direction = np.array(common.MOTIONS[truth["motion"]])
+        for t in (1, 11):  # at the middle of the object, which is still when it grows
+            at = np.array([truth["x"], truth["y"]]) + (t / 23 - .5) * .5 * truth["speed"] \
+                * direction[:2]
+            x, y = (96 * at / 4).astype(int)
+            moved = 96 * .5 * truth["speed"] * direction[:2] * t / 23
+            errors.append(np.hypot(*(motion(path, t)[y, x] - moved)) / t)
+    assert np.median(errors) < .5
+    assert np.mean(errors) < 1
 
 
 # ---- the accumulation, derived anew --------------------------------------------------------------
@@ -211,17 +196,14 @@ def coviar(path, i):
 @each_codec
 def test_motion_equals_a_slow_derivation(mixed, codec):
     for i in (1, 7, 19, 23, 31, 39):
-        assert (4 * motion(mixed[codec], i, step=1) == slow_motion(mixed[codec], i)).all()
-
-
-def test_motion_of_real_clips_equals_a_slow_derivation(shared):
-    for path in sorted(shared.glob("weizmann/*/*.avi"))[::18]:
-        assert (4 * motion(path, 11, step=1) == slow_motion(path, 11)).all()
+        fine = motion(mixed[codec], i, step=1)
+        assert (4 * fine == slow_motion(mixed[codec], i)).all()
+        assert (motion(mixed[codec], i) == fine[2::4, 2::4]).all()  # every fourth pixel
 
 
 @each_codec
 def test_whole_vectors_are_coviars_algorithm(mixed, codec):
-    for i in (1, 7, 11, 31, 39):
+    for i in (1, 11, 39):
         mv, inside = coviar(mixed[codec], i)
         assert inside.mean() > .5
         coded = read_compressed(mixed[codec], [i], whole=True, step=1)
@@ -231,117 +213,77 @@ def test_whole_vectors_are_coviars_algorithm(mixed, codec):
         assert (common.modalities(coded, 1)[1][0].numpy() == residual)[:, inside].all()
 
 
-def test_whole_pixel_motion_is_the_same_in_all_three(tmp_path):
-    write_video(tmp_path / "a.mp4", pan(2, -3), **X264)
-    mv, inside = coviar(tmp_path / "a.mp4", 7)
-    for whole in (False, True):
-        assert (motion(tmp_path / "a.mp4", 7, step=1, whole=whole) == mv)[32:-32, 32:-32].all()
-
-
-@each_codec
-def test_every_fourth_pixel_is_every_fourth_of_all(mixed, codec):
-    for i in (7, 39):
-        assert (motion(mixed[codec], i) == motion(mixed[codec], i, step=1)[2::4, 2::4]).all()
-
-
 # ---- pictures, residual --------------------------------------------------------------------------
 
 
-def assert_adds_up(path, indices):
+def adds_up(path, indices):
+    """F = round(warp(i, mv)) + r, exactly. -> what was read, mv and r"""
     coded = read_compressed(path, indices)
     mv, r, i = common.modalities(coded)
     S, _, H, W = coded.frame.shape
     assert mv.shape == (S, 2, H, W)
     assert coded.motion.shape == (S, 2, -(-H // 4), -(-W // 4))
-    assert coded.motion.dtype == torch.int16
     assert torch.equal(common.warp(i, mv).round() + r, coded.frame.float())
     assert torch.equal(i, coded.intra)
-    assert i.dtype == torch.uint8
-    return mv, r
+    return coded, mv, r
 
 
 @pytest.mark.parametrize(("height", "width", "codec"), [
-    (50, 90, "mpeg4"), (50, 90, "x264"), (35, 45, "mv4"), (17, 131, "mpeg4"), (66, 34, "x264")])
+    (50, 90, "mpeg4"), (35, 45, "mv4"), (17, 131, "mpeg4")])
 def test_frame_is_warped_intra_and_residual_at_odd_sizes(tmp_path, height, width, codec):
     write_video(tmp_path / "a.mp4", pan(3, 2, 13, height, width), **CODECS[codec])
-    _, r = assert_adds_up(tmp_path / "a.mp4", range(13))
+    _, _, r = adds_up(tmp_path / "a.mp4", range(13))
     assert (r[[0, 12]] == 0).all()
     assert (4 * motion(tmp_path / "a.mp4", 9, step=1) == slow_motion(tmp_path / "a.mp4", 9)).all()
 
 
-def test_frame_is_warped_intra_and_residual_in_toy_clips(pairs):
-    for path, _ in common.read_data(pairs).test:
-        _, r = assert_adds_up(path, [1, 11, 23])
-        assert r.abs().mean() < 12
-
-
 def test_all_weizmann_clips_read_without_re_encoding(shared):
-    paths = sorted(shared.glob("weizmann/*/*.avi"))
+    paths, better = sorted(shared.glob("weizmann/*/*.avi")), []
     assert len(paths) == 90
-    better = []
     for path in paths:
         found = common.p_frames(path)
-        assert common.video_index(str(path)).unfit == ""
-        indices = found[common.segment_indices(len(found), 2)]
-        _, r = assert_adds_up(path, indices)
-        coded = read_compressed(path, indices)
+        coded, _, r = adds_up(path, found[common.segment_indices(len(found), 2)])
         better.append(r.abs().mean() / (coded.frame.float() - coded.intra).abs().mean())
     assert np.mean(better) < .9  # motion explains a part of what changes
-
-
-@each_codec
-def test_motion_makes_a_small_residual(mixed, codec):
-    coded = read_compressed(mixed[codec], [7])
-    r, still = common.modalities(coded)[1][0], coded.frame[0].float() - coded.intra[0]
-    assert r[:, 16:-16, 24:-24].abs().mean() < .25 * still.abs().mean()
+    assert (4 * motion(paths[40], 11, step=1) == slow_motion(paths[40], 11)).all()
 
 
 @each_codec
 def test_one_call_gives_what_single_calls_give(mixed, codec):
     indices = [30, 5, 5, 14, 17, 12, 39, 0, 23]
     together = read_compressed(mixed[codec], indices)
+    keys = common.video_index(str(mixed[codec])).keys
     for n, i in enumerate(indices):
         for a, b in zip(read_compressed(mixed[codec], [i])[:3], together[:3], strict=True):
             assert torch.equal(a[0], b[n])
+        both = read_frames(mixed[codec], [keys[keys <= i][-1], i])
+        # that function asks for bicubic, this one for nothing: FFmpeg does not promise the same
+        assert (both[0].int() - together.intra[n].int()).abs().max() <= 2
+        assert (both[1].int() - together.frame[n].int()).abs().max() <= 2
     alone = read_compressed(mixed[codec], indices, pictures=False)
     assert torch.equal(alone.motion, together.motion)
     assert together.motion[[0, 1, 3, 6]].any()
-
-
-@each_codec
-def test_pictures_are_those_of_read_frames(mixed, codec):
-    keys = common.video_index(str(mixed[codec])).keys
-    for i in (0, 7, 15, 39):
-        coded = read_compressed(mixed[codec], [i])
-        both = read_frames(mixed[codec], [keys[keys <= i][-1], i])
-        # read_frames asks for bicubic, this for nothing: where the size stays FFmpeg takes the same
-        # code for both, but does not promise it
-        for a, b in zip((coded.intra[0], coded.frame[0]), both, strict=True):
-            far = (a.int() - b.int()).abs()
-            assert far.max() <= 2
+    assert common.p_frames(mixed[codec]).tolist() == np.setdiff1d(range(40), keys).tolist()
 
 
 # ---- where the chain starts ----------------------------------------------------------------------
 
 
-@each_codec
-def test_a_scene_cut_starts_the_chain_anew(tmp_path, codec):
-    cut = np.concatenate([pan(2, 1, 5), pan(-3, 0, 6, seed=9)])
-    write_video(tmp_path / "a.mp4", cut, **CODECS[codec])
+def test_a_scene_cut_starts_the_chain_anew(tmp_path):
+    write_video(tmp_path / "a.mp4", np.concatenate([pan(2, 1, 5), pan(-3, 0, 6, seed=9)]))
     assert common.video_index(str(tmp_path / "a.mp4")).keys.tolist() == [0, 5]
     coded = read_compressed(tmp_path / "a.mp4", [5, 7, 10])
     assert torch.equal(coded.intra, coded.frame[:1].expand(3, -1, -1, -1))
     assert not coded.motion[0].any()
     for t, mv in ((2, coded.motion[1]), (5, coded.motion[2])):
-        assert (middle(mv.permute(1, 2, 0), 36) == torch.tensor([-12 * t, 0])).all()
+        assert (mv[:, 9:-9, 9:-9] == torch.tensor([-12 * t, 0])[:, None, None]).all()
 
 
-@pytest.mark.parametrize(("frames", "g", "options"), [
-    (6, "1", {}), (1, "12", {}), (1, "12", X264), (6, "1", X264)])
-def test_intra_frames_alone_have_neither_motion_nor_residual(tmp_path, frames, g, options):
-    write_video(tmp_path / "a.mp4", pan(3, 1, frames), **{**options, "g": g})
+@pytest.mark.parametrize("frames", [1, 6])
+def test_intra_frames_alone_have_neither_motion_nor_residual(tmp_path, frames):
+    write_video(tmp_path / "a.mp4", pan(3, 1, frames), g="1")
     assert common.p_frames(tmp_path / "a.mp4").tolist() == list(range(frames))
-    mv, r = assert_adds_up(tmp_path / "a.mp4", range(frames))
+    _, mv, r = adds_up(tmp_path / "a.mp4", range(frames))
     assert not mv.any()
     assert not r.any()
 
@@ -351,31 +293,14 @@ def test_blocks_without_a_vector_count_as_still(tmp_path, codec):
     # what appears at once is found nowhere in the frame before
     frames = np.full((8, 96, 128, 3), 128, np.uint8)
     frames[4:, 32:64, 48:80] = texture(32, 32, 5)
-    write_video(tmp_path / "a.mp4", frames, **CODECS[codec], sc_threshold="1000000000"
-                if codec != "x264" else "0")
-    rows = vectors(tmp_path / "a.mp4", 4)[0][-1]
+    write_video(tmp_path / "a.mp4", frames, **CODECS[codec], sc_threshold="1000000000")
     covered = np.zeros((96, 128), bool)
-    for ys, xs, _ in blocks(rows):
+    for ys, xs, _ in blocks(vectors(tmp_path / "a.mp4", 4)[0][-1]):
         covered[ys, xs] = True
     assert not covered[32:64, 48:80].all()
-    for t in (4, 7):
-        coded = read_compressed(tmp_path / "a.mp4", [t])
-        mv, r, _ = common.modalities(coded)
-        assert not mv.any()
-        assert r[0, :, 32:64, 48:80].abs().mean() > 15
-
-
-def test_a_stream_refreshed_in_stripes_has_no_i_frame_to_start_from(tmp_path):
-    # its packets call the start of each refresh a keyframe
-    write_video(tmp_path / "a.mp4", pan(1, 0, 40), **X264,
-                **{"x264-params": "intra-refresh=1:keyint=12"})
-    with pytest.raises(BadVideo, match="re-encode it"):
-        read_compressed(tmp_path / "a.mp4", [30])
-
-
-def test_p_frames_are_all_but_the_intra_frames(mixed):
-    assert common.p_frames(mixed["mpeg4"]).tolist() == [
-        i for i in range(40) if i % 12]
+    mv, r, _ = common.modalities(read_compressed(tmp_path / "a.mp4", [4, 7]))
+    assert not mv.any()
+    assert r[:, :, 32:64, 48:80].abs().mean() > 15
 
 
 # ---- what cannot be used -------------------------------------------------------------------------
@@ -390,118 +315,57 @@ def quarter_turn(path):
     path.write_bytes(data[:at] + turn + data[at + 24:])
 
 
-B = "B-frames"
 REFUSED = {  # name: (how it is written, a word of the reason, whether the packets tell)
-    "av1.mp4": ({"codec": "libsvtav1", "svtav1-params": "preset=12"}, "codec av1", True),
-    "hevc.mp4": ({"codec": "libx265", "x265-params": "log-level=none"}, "codec hevc", True),
-    "mjpeg.avi": ({"codec": "mjpeg", "pix_fmt": "yuvj420p"}, "codec mjpeg", True),
-    "b.mp4": ({"bf": "2"}, B, True),
-    "b.avi": ({"bf": "2"}, B, True),
-    "b-h264.mp4": ({"codec": "libx264", "bf": "2"}, B, True),
-    "b-h264.mkv": ({"codec": "libx264", "bf": "2", "refs": "1"}, B, True),
-    "several.mp4": ({"codec": "libx264"}, "several frames", True),
-    "several.avi": ({"codec": "libx264", "refs": "2"}, "several frames", True),
+    "h264.mp4": ({"codec": "libx264"}, "codec is h264", True),
+    "mpeg2.mpg": ({"codec": "mpeg2video", "fps": 25}, "codec is mpeg2video", True),
+    "b.mp4": ({"bf": "2"}, "B-frames", True), "b.avi": ({"bf": "2"}, "B-frames", True),
     "interlaced.mp4": ({"flags": "+ildct+ilme"}, "interlaced", False),
-    "interlaced-h264.mp4": ({**X264, "flags": "+ildct+ilme"}, "interlaced", False),
-    "turned.mp4": (quarter_turn, "rotated", False),
-}
+    "turned.mp4": (None, "rotated", False)}
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_used_is_refused_with_its_cause(tmp_path, name):
     how, reason, visible = REFUSED[name]
-    if callable(how):
-        how(tmp_path / name)
-    else:
-        write_video(tmp_path / name, pan(3, 1), **how)
+    write_video(tmp_path / name, pan(3, 1), **how) if how else quarter_turn(tmp_path / name)
     assert (reason in common.video_index(str(tmp_path / name)).unfit) == visible
-    with pytest.raises(BadVideo, match=f"{reason}.*re-encode it") as caught:
+    with pytest.raises(BadVideo, match=f"{reason}.*re-encode it"):
         read_compressed(tmp_path / name, [5])
-    assert caught.value.path == str(tmp_path / name)
     assert len(read_frames(tmp_path / name, [5])) == 1  # as RGB it can be read
 
 
 @pytest.mark.parametrize(("name", "options"), [
-    ("a.avi", {}), ("a.mkv", X264), ("a.h264", X264), ("a.m4v", {}), ("a.ts", X264),
-    ("a.flv", {"codec": "flv"}), ("a.avi", {"codec": "h263"}), ("a.mpg", {"codec": "mpeg2video"}),
+    ("a.avi", {}), ("a.mkv", {"codec": "mpeg4"}), ("a.ts", {"codec": "mpeg4"}),
     ("qpel.mp4", {"flags": "+qpel"})])
-def test_other_containers_and_codecs_with_vectors(tmp_path, name, options):
-    size = (144, 176) if "h263" in options.values() else (96, 128)
-    write_video(tmp_path / name, pan(3, 1, 20, *size), fps=25, **options)
-    assert_adds_up(tmp_path / name, [7, 15])
+def test_other_containers_and_quarters_of_a_pixel(tmp_path, name, options):
+    write_video(tmp_path / name, pan(3, 1, 20), fps=25, **options)
+    adds_up(tmp_path / name, [7, 15])
     assert (4 * motion(tmp_path / name, 7, step=1) == slow_motion(tmp_path / name, 7)).all()
-    assert (middle(motion(tmp_path / name, 7), 36) == [21, 7]).all()
+    assert (motion(tmp_path / name, 7)[9:-9, 9:-9] == [21, 7]).all()
 
 
-@pytest.mark.parametrize("degrees", [90, 180, 270])
-def test_real_rotated_clips_are_refused(shared, degrees):
-    with pytest.raises(BadVideo, match="rotated"):
-        read_compressed(shared / "odd-videos" / "decord" / f"video_{degrees}.mov", [1])
-
-
-@pytest.mark.parametrize("name", ["a.mp4", "a.h264", "a.mkv"])
-@pytest.mark.parametrize("profile", ["baseline", "main", "high"])
-@pytest.mark.parametrize("refs", [1, 2, 4])
-def test_references_are_read_from_the_stream(tmp_path, name, profile, refs):
-    write_video(tmp_path / name, pan(3, 1, 6, 48, 64), codec="libx264", refs=str(refs),
-                profile=profile)
-    with common.open_video(tmp_path / name) as (_, stream):
-        assert common._references(stream.codec_context.extradata) == refs
-
-
-@pytest.mark.parametrize("extradata", [b"", b"\x67", bytes(50), b"\0\0\1\x68\xce\x38\x80"])
-def test_references_of_nothing_are_unknown(extradata):
-    assert common._references(extradata) is None
-
-
-@pytest.mark.parametrize(("name", "codec"), [
-    ("a.avi", "mpeg4"), ("a.avi", "mv4"), ("a.mkv", "mpeg4"), ("a.mkv", "x264"),
-    ("a.avi", "x264")])  # a cut AVI lacks its index: a seek in it ends behind the wanted frame
-def test_cut_files_read_before_the_cut_and_are_bad_behind_it(tmp_path, name, codec):
-    write_video(tmp_path / "whole.avi", pan(3, 1, 40), **CODECS[codec])
-    write_video(tmp_path / name, pan(3, 1, 40), **CODECS[codec])
-    whole = read_compressed(tmp_path / "whole.avi", range(40))
-    data, bad = (tmp_path / name).read_bytes(), 0
-    for cut in (.01, .1, .3, .6, .9):
-        path = tmp_path / f"{cut}-{name}"
-        path.write_bytes(data[:int(cut * len(data))])
-        for i in (0, 5, 20, 38):  # of a frame that is cut through decoders make up the rest
-            try:
-                coded = read_compressed(path, [i, i + 1])
-            except BadVideo:
-                bad += 1
-            else:
-                assert torch.equal(coded.frame[0], whole.frame[i])
-                assert torch.equal(coded.motion[0], whole.motion[i])
-    assert 5 < bad < 18
-
-
-@each_codec
-@pytest.mark.parametrize("name", ["a.avi", "a.mp4"])
-def test_flipped_bytes_never_give_a_traceback(tmp_path, name, codec):
-    write_video(tmp_path / name, pan(3, 1, 30, 64, 80), **CODECS[codec])
-    good, rng, read = (tmp_path / name).read_bytes(), RNG(0), 0
-    for i in range(45):
-        data = np.frombuffer(good, np.uint8).copy()
-        part = [data, data[:1500], data[-1500:]][i % 3]  # anywhere, the header, the index
-        part[rng.integers(len(part), size=8)] = rng.integers(256, size=8)
-        path = tmp_path / f"{i}-{name}"
-        path.write_bytes(data.tobytes())
+@pytest.mark.parametrize("name", ["a.avi", "a.mkv", "a.mp4"])
+def test_damaged_files_give_the_same_or_bad_video(tmp_path, name):
+    write_video(tmp_path / name, pan(3, 1, 30, 64, 80), codec="mpeg4")
+    whole, data = read_compressed(tmp_path / name, range(30)), (tmp_path / name).read_bytes()
+    rng, read = RNG(0), 0
+    for n in range(40):
+        path, bad = tmp_path / f"{n}-{name}", np.frombuffer(data, np.uint8).copy()
+        part = (bad, bad[:1500], bad[-1500:])[n % 3]
+        if n < 30:
+            part[rng.integers(len(part), size=8)] = rng.integers(256, size=8)
+        else:
+            bad = bad[:rng.integers(len(bad))]
+        path.write_bytes(bad.tobytes())
         with contextlib.suppress(BadVideo):
             found = common.p_frames(path)
             coded = read_compressed(path, found[common.segment_indices(len(found), 4)])
             assert len(common.modalities(coded)[0]) == 4
             read += 1
+            if n >= 30:  # cut off: what stands before the cut
+                same = read_compressed(path, found)
+                assert torch.equal(same.motion, whole.motion[found])
+                assert torch.equal(same.frame, whole.frame[found])
     assert read > 5
-
-
-def test_a_size_that_changes_is_named(tmp_path):
-    for size in ((48, 64), (64, 96)):
-        write_video(tmp_path / "part.h264", pan(3, 1, 12, *size), **X264)
-        with open(tmp_path / "two.h264", "ab") as file:
-            file.write((tmp_path / "part.h264").read_bytes())
-    with pytest.raises(BadVideo, match=r"size changes from \(64, 48\) to \(96, 64\)"):
-        read_compressed(tmp_path / "two.h264", [20])
 
 
 def test_odd_videos_are_read_or_named_with_a_reason(shared):
@@ -509,19 +373,101 @@ def test_odd_videos_are_read_or_named_with_a_reason(shared):
     for path in sorted([*shared.glob("odd-videos/*/*"), *shared.glob("clips/*")]):
         try:
             found = common.p_frames(path)
-            assert_adds_up(path, found[common.segment_indices(len(found), 3)])
+            adds_up(path, found[common.segment_indices(len(found), 3)])
             read.add(path.name)
         except BadVideo as error:
-            bad[path.name] = error
-    assert all(error.path.endswith(name) and error.reason for name, error in bad.items())
-    assert {"video_0.mov", "v_SoccerJuggling_g23_c01.avi",
+            bad[path.name] = error.reason
+    assert all(bad.values())
+    assert {"v_SoccerJuggling_g23_c01.avi",
             "bbb_sunflower_QCIF_30fps_mp4v_noaudio_1f.mp4"} <= read
+    assert "B-frames: re-encode it" in bad["TrumanShow_wave_f_nm_np1_fr_med_26.avi"]
 
 
-@pytest.mark.parametrize("indices", [[40], [-1]])
-def test_a_frame_that_no_file_can_have_is_an_error(mixed, indices):
-    with pytest.raises(BadVideo, match="40 frames"):
-        read_compressed(mixed["mpeg4"], indices)
+# ---- re-encoding ---------------------------------------------------------------------------------
+
+
+def assert_in_coviars_form(path, count):
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        context = stream.codec_context
+        assert (context.name, context.width, context.height) == ("mpeg4", 340, 256)
+        kinds = [PictureType(frame.pict_type).name for frame in container.decode(stream)]
+    index = common.video_index(str(path))
+    assert len(kinds) == index.count == count
+    assert set(kinds) <= {"I", "P"}
+    assert [i for i, kind in enumerate(kinds) if kind == "I"] == index.keys.tolist()
+    assert np.diff([*index.keys, count]).max() <= 12
+    assert index.unfit == ""
+
+
+def psnr(a, b):
+    return float(10 * torch.log10(255 ** 2 / (a.float() - b.float()).square().mean()))
+
+
+def resized(path):
+    """What a plain loop decodes, in CoViAR's size -> uint8 (N, 3, 256, 340)"""
+    with av.open(str(path), metadata_errors="replace") as container:
+        frames = [f.reformat(340, 256, "rgb24").to_ndarray() for f in container.decode(video=0)]
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("a.mp4", {"codec": "libx264", "bf": "2"}), ("b.avi", {"bf": "2"}), ("c.m4v", {}),
+    ("d.mkv", {"codec": "mjpeg", "pix_fmt": "yuvj420p"})])
+def test_a_copy_has_every_frame_in_its_order(tmp_path, name, options):
+    write_video(tmp_path / name, pan(3, 2, 40), **options)
+    common.reencode(tmp_path / name, tmp_path / "copy.mp4")
+    assert_in_coviars_form(tmp_path / "copy.mp4", 40)
+    copy, source = read_frames(tmp_path / "copy.mp4", range(40)), resized(tmp_path / name)
+    for i in range(40):
+        assert psnr(copy[i], source[i]) > max(30, psnr(copy[i], source[i - 1]) + 5)
+
+
+def test_copies_of_hmdb51_have_the_frames_of_a_plain_loop(shared, tmp_path):
+    for path in shared.glob("clips/*_f_*.avi"):
+        source = resized(path)
+        copy = read_frames(common.coded_copy(path, tmp_path), range(len(source)))
+        assert psnr(copy, source) > 33
+        assert_in_coviars_form(common.coded_copy(path, tmp_path), len(source))
+
+
+def test_a_copy_has_the_motion_of_its_source_and_carries_rotation_out(tmp_path):
+    write_video(tmp_path / "a.mp4", pan(2, 0, 8, 256, 340), codec="libx264", bf="2")
+    common.reencode(tmp_path / "a.mp4", tmp_path / "b.mp4")
+    inside = motion(tmp_path / "b.mp4", 6)[8:-8, 8:-8]
+    assert (np.median(inside, (0, 1)) == [12, 0]).all()
+    quarter_turn(tmp_path / "turned.mp4")
+    common.reencode(tmp_path / "turned.mp4", tmp_path / "upright.mp4")
+    assert_in_coviars_form(tmp_path / "upright.mp4", 12)
+    upright = F.interpolate(read_frames(tmp_path / "turned.mp4", [5]).float(), (256, 340),
+                            mode="bilinear")
+    assert psnr(read_frames(tmp_path / "upright.mp4", [5]), upright) > 30
+
+
+def test_copies_are_made_once_and_whole(tmp_path):
+    (tmp_path / "set" / "wave").mkdir(parents=True)
+    source, copies = tmp_path / "set" / "wave" / "a.mp4", tmp_path / "copies"
+    write_video(source, pan(3, 1, 14), codec="libx264")
+    before = source.stat().st_mtime_ns
+    rows = [(str(source), 0)]
+    clip = Clips(rows, 3, sampling="coded", copies=copies)[0, 0].video
+    copy = common.coded_copy(source, copies)
+    found = common.p_frames(copy)
+    assert torch.equal(clip.frame, read_compressed(copy, found[[1, 5, 9]]).frame)
+    made = os.stat(copy).st_mtime_ns
+    assert common.coded_copy(source, copies) == copy
+    assert os.stat(copy).st_mtime_ns == made
+    os.utime(copy, (0, 0))  # older than its source
+    assert os.stat(common.coded_copy(source, copies)).st_mtime > 0
+    data = source.read_bytes()
+    for name, content in (("b.mp4", data[:len(data) // 2]), ("c.avi", b"no video")):
+        source.with_name(name).write_bytes(content)
+        with pytest.raises(BadVideo):
+            common.coded_copy(source.with_name(name), copies)
+        bad = Clips([(str(source.with_name(name)), 0)], 3, sampling="coded", copies=copies)[0, 0]
+        assert (bad.label, bad.bad[0][0]) == (-1, str(source.with_name(name)))
+    assert [str(path) for path in copies.rglob("*.*")] == [copy]  # no parts, no damaged copies
+    assert source.stat().st_mtime_ns == before
 
 
 # ---- loaders -------------------------------------------------------------------------------------
@@ -534,41 +480,31 @@ def same(a, b):
 def test_coded_samples_follow_their_key(pairs):
     rows = common.read_data(pairs).train
     clips, test = (Clips(rows, 3, sampling="coded", train=train) for train in (True, False))
-    a, b = clips[4, 7], clips[4, 7]
-    assert isinstance(a.video, Coded)
-    assert a.video.intra.shape == a.video.frame.shape == (3, 3, 96, 96)
-    assert a.video.motion.shape == (3, 2, 24, 24)
-    assert (a.label, a.key, a.bad) == (rows[7][1], (4, 7), [])
-    assert same(a.video, b.video)
-    assert not all(same(a.video, clips[epoch, 7].video) for epoch in range(4))
-    assert same(test[0, 7].video, test[1, 7].video)
+    drawn = clips[4, 7]
+    assert drawn.video.intra.shape == drawn.video.frame.shape == (3, 3, 96, 96)
+    assert drawn.video.motion.shape == (3, 2, 24, 24)
+    assert (drawn.label, drawn.key, drawn.bad) == (rows[7][1], (4, 7), [])
+    assert same(drawn.video, clips[4, 7].video)
+    assert not all(same(drawn.video, clips[epoch, 7].video) for epoch in range(4))
     # 22 P-frames, of 24; the middles of three equal parts of these
     assert same(test[0, 7].video, read_compressed(rows[7][0], [4, 11, 19]))
-    assert same(test[0, 7].video,
-                Clips(rows, 3, sampling="coded", train=True, jitter=False)[5, 7].video)
+    assert same(test[0, 7].video, test[1, 7].video)
 
 
-def test_another_clip_takes_the_place_of_a_bad_one_in_training_only(pairs, tmp_path):
+def test_coded_clips_pass_through_loader_processes_and_bad_ones_are_replaced(pairs, tmp_path):
     write_video(tmp_path / "b.mp4", pan(3, 1), bf="2")
     rows = [*common.read_data(pairs).train[:5], (str(tmp_path / "b.mp4"), 99)]
-    taken = Clips(rows, 3, sampling="coded", train=True)[0, 5]
-    assert isinstance(taken.video, Coded)
-    assert taken.label != 99
-    assert [path for path, _ in taken.bad] == [str(tmp_path / "b.mp4")] * len(taken.bad)
-    missed = Clips(rows, 3, sampling="coded")[0, 5]
-    assert missed.video is None
-    assert B in missed.bad[0][1]
-
-
-def test_coded_clips_pass_through_loader_processes(pairs):
-    clips = Clips(common.read_data(pairs).train, 3, sampling="coded", train=True)
-    here, there = (list(common.clip_loader(clips, 10, workers=workers)) for workers in (0, 2))
-    assert len(here) == 2
-    for a, b in zip(here, there, strict=True):
-        assert a.key == b.key
-        assert all(map(same, a.video, b.video))
-    view = common.compressed_view(here[0].video, 32)
-    assert view["mv"].shape == (10, 3, 2, 32, 32)
+    clips, test = (Clips(rows, 3, sampling="coded", train=train) for train in (True, False))
+    loader = common.ClipLoader(clips, 6, workers=2)
+    (here,), (there,) = list(common.ClipLoader(clips, 6)), list(loader)
+    assert here.key == there.key
+    assert all(map(same, here.video, there.video))
+    assert 99 not in here.label
+    assert "B-frames" in loader.bad[str(tmp_path / "b.mp4")]
+    missed = test[0, 5]
+    assert missed.label == -1
+    assert common.compressed_view([missed.video, test[0, 0].video], 32)["mv"].shape[0] == 2
+    assert not common.compressed_view([missed.video], 32)["i"].any()
 
 
 # ---- what the networks see -----------------------------------------------------------------------
@@ -586,20 +522,14 @@ def marked(height=48, width=64, seed=0):
     return Coded(intra, frame, still, (height, width))
 
 
-def masks(view):
-    """The mask as each part of a view shows it."""
-    return [view["mv"][:, :, 0] * 40 / 8, view["mv"][:, :, 1] * 40 / 4,
-            view["r"][:, :, 1] * 255 / 40, (view["i"][:, :, 2] * 255 - 60) / 100]
-
-
 def test_the_test_view_is_the_middle_square():
     clip = marked()
     view, (mv, r, i) = common.compressed_view([clip, clip], 48), common.modalities(clip)
-    assert {name: v.shape for name, v in view.items()} == {
-        "mv": (2, 2, 2, 48, 48), "r": (2, 2, 3, 48, 48), "i": (2, 2, 3, 48, 48)}
     for name, whole in (("mv", mv / 40), ("r", r / 255), ("i", i / 255)):
         assert torch.allclose(view[name][1], whole[..., 8:56], atol=1e-6)
-    assert common.compressed_view([clip], 32)["mv"].shape == (1, 2, 2, 32, 32)
+    alone = common.compressed_view([clip._replace(intra=None, frame=None)], 48)
+    assert list(alone) == ["mv"]
+    assert torch.equal(alone["mv"][0], view["mv"][0])
 
 
 def test_view_ranges():
@@ -616,18 +546,20 @@ def test_view_ranges():
 
 @pytest.mark.parametrize("mirror", [True, False])
 def test_one_crop_and_flip_for_all_three(mirror):
-    clip, signs, views = marked(), [], []
+    clip, flips, views = marked(), 0, set()
     for seed in range(40):
         view = common.compressed_view([clip], 40, [RNG(seed)], [mirror])
-        across, *others = masks(view)
-        signs.append(1 if across.mean() > 0 else -1)
-        for other in others:
-            assert torch.allclose(across * signs[-1], other, atol=1e-4)
-        views.append(view["i"])
-        assert torch.equal(view["i"], common.compressed_view([marked(seed=1), clip], 40, [
-            RNG(99), RNG(seed)], [True, mirror])["i"][1:])  # a clip's own generator only
-    assert 10 < signs.count(-1) < 30 if mirror else -1 not in signs
-    assert len({tuple(view.flatten().tolist()) for view in views}) > 20  # crops differ
+        across, down = view["mv"][:, :, 0] * 5, view["mv"][:, :, 1] * 10
+        flips += bool(across.mean() < 0)
+        sign = -1 if across.mean() < 0 else 1
+        for mask in (down, view["r"][:, :, 1] * 255 / 40, (view["i"][:, :, 2] * 255 - 60) / 100):
+            assert torch.allclose(across * sign, mask, atol=1e-4)
+        views.add(tuple(view["i"].flatten().tolist()))
+        both = common.compressed_view([marked(seed=1), clip], 40, [RNG(99), RNG(seed)],
+                                      [True, mirror])
+        assert torch.equal(view["i"], both["i"][1:])  # a clip's own generator only
+    assert 10 < flips < 30 if mirror else not flips
+    assert len(views) > 20  # crops differ
 
 
 def test_crops_are_of_the_scales():
@@ -644,127 +576,22 @@ def test_crops_are_of_the_scales():
 
 
 def test_view_of_a_mirrored_clip_is_the_flip_of_its_view(mixed):
-    clip = read_compressed(mixed["x264"], [7, 31])
+    clip = read_compressed(mixed["mv4"], [7, 31])
     mirrored = Coded(clip.intra.flip(-1), clip.frame.flip(-1), clip.motion.flip(-1), clip.size)
     mirrored.motion[:, 0] *= -1
     a, b = (common.compressed_view([c], 64) for c in (clip, mirrored))
     b = {name: view.flip(-1) for name, view in b.items()}
     b["mv"][:, :, 0] *= -1
-    assert torch.allclose(a["mv"], b["mv"], atol=1e-6)
-    assert torch.allclose(a["i"], b["i"], atol=1e-6)
+    for name in ("mv", "i"):
+        assert torch.allclose(a[name], b[name], atol=1e-6)
     assert (a["r"] - b["r"]).abs().max() < 1.1 / 255  # .5 is rounded the other way somewhere
-    assert (a["r"] - b["r"]).abs().mean() < .01 / 255
-
-
-# ---- re-encoding ---------------------------------------------------------------------------------
-
-
-def assert_in_coviars_form(path):
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        context = stream.codec_context
-        assert (context.name, context.width, context.height) == ("mpeg4", 340, 256)
-        kinds = [PictureType(frame.pict_type).name for frame in container.decode(stream)]
-    assert set(kinds) <= {"I", "P"}
-    index = common.video_index(str(path))
-    assert [i for i, kind in enumerate(kinds) if kind == "I"] == index.keys.tolist()
-    assert np.diff([*index.keys, index.count]).max() <= 12
-    assert index.unfit == ""
-    return index.count
-
-
-def psnr(a, b):
-    return float(10 * torch.log10(255 ** 2 / (a.float() - b.float()).square().mean()))
-
-
-def resized(path, indices):
-    with av.open(str(path)) as container:
-        frames = [f.reformat(340, 256, "rgb24").to_ndarray() for f in container.decode(video=0)]
-    return torch.from_numpy(np.stack(frames)[list(indices)]).permute(0, 3, 1, 2)
-
-
-def test_a_folder_is_re_encoded_and_the_source_only_read(tmp_path, capsys):
-    source, target = tmp_path / "set", tmp_path / "set-mpeg4"
-    (source / "a" / "deep").mkdir(parents=True)
-    made = {"a/b.mp4": (40, {"codec": "libx264", "bf": "2"}), "a/deep/c.avi": (17, {}),
-            "d.mkv": (9, {"codec": "mjpeg", "pix_fmt": "yuvj420p"}), "cut.avi": (40, {})}
-    for name, (frames, options) in made.items():
-        write_video(source / name, pan(3, 1, frames), **options)
-    data = (source / "cut.avi").read_bytes()
-    (source / "cut.avi").write_bytes(data[:int(.6 * len(data))])
-    quarter_turn(source / "turned.mp4")
-    (source / "train1.csv").write_text("path,label\na/b.mp4,b\n")
-    (source / "text.avi").write_text("These are no moving pictures.\n")
-    before = {path: (path.read_bytes(), path.stat().st_mtime_ns)
-              for path in source.rglob("*") if path.is_file()}
-
-    assert common.reencode(source, workers=1) == target
-    errors = capsys.readouterr().err
-    listed = [sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
-              for folder in (source, target)]
-    assert listed[0] == listed[1]
-    for name in ("train1.csv", "text.avi"):
-        assert (target / name).read_bytes() == before[source / name][0]
-    assert f"{source / 'text.avi'}: copied as it is" in errors
-    assert "train1.csv" not in errors
-    for name, (frames, _) in made.items():
-        count = assert_in_coviars_form(target / name)
-        if name == "cut.avi":
-            assert 12 < count < 40
-            assert f"{source / name}: damaged, only {count} of 40 frames" in errors
-        else:
-            assert count == frames
-            assert name not in errors
-        some = [0, count // 2, count - 1]
-        assert psnr(read_frames(target / name, some), resized(source / name, some)) > 30
-    upright = F.interpolate(read_frames(source / "turned.mp4", [5]).float(), (256, 340),
-                            mode="bilinear")
-    assert assert_in_coviars_form(target / "turned.mp4") == 12
-    assert psnr(read_frames(target / "turned.mp4", [5]), upright) > 30
-
-    (target / "d.mkv").unlink()
-    (target / "d.mkv.part").write_text("left by a kill")
-    kept = {path: path.stat().st_mtime_ns for path in target.rglob("*")
-            if path.is_file() and path.name not in ("c.avi", "d.mkv.part")}
-    os.utime(target / "a" / "deep" / "c.avi", (0, 0))  # older than its source
-    common.reencode(source, target, workers=1)
-    assert "re-encoding 2 files" in capsys.readouterr().err
-    assert assert_in_coviars_form(target / "d.mkv") == 9
-    assert (target / "a" / "deep" / "c.avi").stat().st_mtime > 0
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert not list(target.rglob("*.part"))
-    common.reencode(source, target)  # nothing is left to do
-    assert capsys.readouterr().err == ""
-    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before}
-
-
-def test_folders_inside_each_other_are_refused(tmp_path):
-    (tmp_path / "set" / "in").mkdir(parents=True)
-    for source, target in (("set", "set/in"), ("set/in", "set"), ("set", "set"),
-                           ("set", "set/in/../new")):
-        with pytest.raises(BadInput, match="one lies in the other"):
-            common.reencode(tmp_path / source, tmp_path / target)
-    with pytest.raises(BadInput, match="no such folder"):
-        common.reencode(tmp_path / "none")
-
-
-def test_re_encoding_into_memory_gives_the_motion_of_the_source(tmp_path):
-    frames = pan(2, 0, 8, 256, 340)
-    write_video(tmp_path / "a.mp4", frames, codec="libx264", bf="2")
-    memory = io.BytesIO()
-    assert common.reencode_video(tmp_path / "a.mp4", memory) == (8, 0)
-    (tmp_path / "b.mp4").write_bytes(memory.getvalue())
-    assert assert_in_coviars_form(tmp_path / "b.mp4") == 8
-    assert (np.median(middle(motion(tmp_path / "b.mp4", 6), 32), (0, 1)) == [12, 0]).all()
-    with pytest.raises(BadVideo, match="no such file"):
-        common.reencode_video(tmp_path / "none.mp4", io.BytesIO())
 
 
 # ---- networks with exits -------------------------------------------------------------------------
 
 
-def exit_net(modality="r", name="toy", classes=5, seed=0):
-    torch.manual_seed(seed)
+def exit_net(modality="r", name="toy", classes=5):
+    torch.manual_seed(0)
     net = common.ExitNet(modality, name, classes)
     return net.eval(), common.exit_heads(net, classes).eval()
 
@@ -787,19 +614,17 @@ def test_cost_to_each_exit_is_that_of_the_papers_code(modality, name, expected):
 
 @pytest.mark.parametrize(("name", "convs", "inputs"), [
     ("resnet18", [(64, 64, 7), (128, 128, 3), (256, 256, 3)], [1024, 2048, 4096]),
-    ("resnet34", [(64, 64, 7), (128, 128, 3), (256, 256, 3)], [1024, 2048, 4096]),
-    *((name, [(256, 64, 3), (512, 256, 3), (1024, 1024, 3)], [1024, 4096, 16384])
-      for name in ("resnet50", "wide_resnet50_2", "resnext50_32x4d"))])
+    ("resnet50", [(256, 64, 3), (512, 256, 3), (1024, 1024, 3)], [1024, 4096, 16384])])
 def test_heads_are_those_of_the_papers_code(name, convs, inputs):
     with torch.device("meta"):
         net, heads = exit_net("i", name, 7)
-    assert [[type(module).__name__ for module in head] for head in heads] == [
-        ["Conv2d", "BatchNorm2d", "AdaptiveAvgPool2d", "Flatten", "Linear"]] * 3
-    assert [(head[0].in_channels, head[0].out_channels, head[0].kernel_size[0])
-            for head in heads] == convs
-    assert [(head[4].in_features, head[4].out_features) for head in heads] == [
-        (size, 7) for size in inputs]
-    assert all(head[0].padding == (1, 1) and head[0].bias is None for head in heads)
+    for head, conv, size in zip(heads, convs, inputs, strict=True):
+        assert [type(module).__name__ for module in head] == [
+            "Conv2d", "BatchNorm2d", "AdaptiveAvgPool2d", "Flatten", "Linear"]
+        assert (head[0].in_channels, head[0].out_channels, head[0].kernel_size[0]) == conv
+        assert head[0].padding == (1, 1)
+        assert head[0].bias is None
+        assert (head[4].in_features, head[4].out_features) == (size, 7)
     assert net(torch.empty(2, 3, 3, 64, 64, device="meta"))[1].shape == (2, 7)
 
 
@@ -809,24 +634,25 @@ def test_exits_are_heads_on_the_maps_and_the_mean_over_segments(modality, channe
     x = torch.rand(4, 3, channels, 64, 64)
     with torch.no_grad():
         logits, (maps, last) = list(common.exit_logits(net, heads, x)), net(x)
-        alone = [torch.stack(part).mean(0) for part in zip(*(
-            common.exit_logits(net, heads, x[:, s:s + 1]) for s in range(3)), strict=True)]
-    assert [f.shape[:2] for f in maps] == [(12, 16), (12, 32), (12, 64)]
+        parts = [list(common.exit_logits(net, heads, x[:, s:s + 1])) for s in range(3)]
     assert torch.equal(logits[3], last)
     for k in range(4):
-        assert logits[k].shape == (4, 5)
-        assert torch.allclose(logits[k], alone[k], atol=1e-5)
-        if k < 3:
-            assert torch.equal(logits[k], heads[k](maps[k], 3))
-            by_hand = heads[k][4](heads[k][2](heads[k][1](heads[k][0](maps[k]))).flatten(1))
-            assert torch.allclose(logits[k], by_hand.view(4, 3, 5).mean(1), atol=1e-5)
+        alone = torch.stack([part[k] for part in parts]).mean(0)
+        assert torch.allclose(logits[k], alone, atol=1e-5)
+    for head, f, got in zip(heads, maps, logits[:3], strict=True):
+        assert torch.allclose(got, nn_sequential(head, f).view(4, 3, 5).mean(1), atol=1e-5)
+
+
+def nn_sequential(head, f):
+    for layer in head:
+        f = layer(f)
+    return f
 
 
 def test_nothing_behind_an_exit_runs():
     net, heads = exit_net()
-    ran, parts = [], {"layer1": net.layers[0], "layer2": net.layers[1], "layer3": net.layers[2],
-                      "layer4": net.layers[3], "fc": net.fc, "head1": heads[0], "head2": heads[1],
-                      "head3": heads[2]}
+    ran, parts = [], {"head1": heads[0], "head2": heads[1], "head3": heads[2], "fc": net.fc}
+    parts |= {f"layer{k + 1}": layer for k, layer in enumerate(net.layers)}
     for name, part in parts.items():
         part.register_forward_hook(lambda *_, name=name: ran.append(name))
     logits = common.exit_logits(net, heads, torch.rand(2, 3, 3, 32, 32))
@@ -846,51 +672,25 @@ def test_inputs_are_normalised_as_said():
     assert seen[0].abs().max() < 1e-6
 
 
-def test_unknown_networks_are_refused():
-    for name, reason in (("resnet19", "unknown network resnet19.*toy, .*resnet18"),
-                         ("mobilenet_v2", "unknown network"), ("resnet", "unknown network")):
-        with pytest.raises(BadInput, match=reason):
-            common.ExitNet("r", name, 5)
-    with pytest.raises(BadInput, match="no ImageNet weights"):
-        common.ExitNet("r", "toy", 5, imagenet=True)
-
-
-def test_imagenet_weights_without_a_network_are_asked_for(tmp_path, monkeypatch):
+def test_imagenet_weights(tmp_path, monkeypatch):
     def offline(*_, **__):
         raise urllib.error.URLError("no route")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    with pytest.raises(BadInput) as caught:
-        common.ExitNet("r", "resnet18", 5, imagenet=True)
+    for name in ("toy", "resnet19", "mobilenet_v2"):
+        with pytest.raises(BadInput, match=f"{name}.*resnet18"):
+            common.ExitNet("r", name, 5, imagenet=True)
     url = torchvision.models.ResNet18_Weights.DEFAULT.url
-    assert url in str(caught.value)
-    assert str(tmp_path / "checkpoints") in str(caught.value)
-
-
-@pytest.mark.parametrize("modality", ["mv", "r", "i"])
-def test_imagenet_weights_load_but_for_the_ends(tmp_path, monkeypatch, modality):
-    torch.manual_seed(1)
+    with pytest.raises(BadInput, match=f"{url}.*{tmp_path}.checkpoints"):
+        common.ExitNet("r", "resnet18", 5, imagenet=True)
+    (tmp_path / "checkpoints").mkdir(exist_ok=True)
     state = torchvision.models.resnet18().state_dict()
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    (tmp_path / "checkpoints").mkdir()
-    name = torchvision.models.ResNet18_Weights.DEFAULT.url.split("/")[-1]
-    torch.save(state, tmp_path / "checkpoints" / name)
-    net = common.ExitNet(modality, "resnet18", 5, imagenet=True)
-    fresh = common.ExitNet(modality, "resnet18", 5)
-    assert set(net.state_dict()) == set(fresh.state_dict())
-    assert net.fc.weight.shape == (5, 512)
-    assert net.stem[0].weight.shape[1] == (2 if modality == "mv" else 3)
-    if modality != "mv":
-        assert torch.equal(net.stem[0].weight, state["conv1.weight"])
-    for k, layer in enumerate(net.layers):
-        for key, value in layer.state_dict().items():
-            assert torch.equal(value, state[f"layer{k + 1}.{key}"])
-
-
-def test_without_pictures_the_view_is_that_of_the_motion(mixed):
-    for path in mixed.values():
-        whole, motion = (common.compressed_view([read_compressed(path, [7, 31], pictures=p)], 32)
-                         for p in (True, False))
-        assert list(motion) == ["mv"]
-        assert torch.equal(whole["mv"], motion["mv"])
+    torch.save(state, tmp_path / "checkpoints" / url.split("/")[-1])
+    for modality, channels in (("mv", 2), ("i", 3)):
+        net = common.ExitNet(modality, "resnet18", 5, imagenet=True)
+        assert net.fc.weight.shape == (5, 512)
+        assert net.stem[0].weight.shape[1] == channels
+        assert channels == 2 or torch.equal(net.stem[0].weight, state["conv1.weight"])
+        for key, value in net.layers[1].state_dict().items():
+            assert torch.equal(value, state[f"layer2.{key}"])
