@@ -604,7 +604,9 @@ def read_stream(source):
             for frame in frames:
                 if before is not None:
                     passed = 0 if frame.time is None else frame.time - before
-                    t += passed if 0 < passed < 10 else 1 / float(stream.guessed_rate or 25)
+                    if not 0 < passed < 10:
+                        passed = 1 / float(stream.guessed_rate or 25)
+                    t += max(passed, .001)  # a film cannot hold two frames of the same ms
                 before = frame.time or 0.
                 yield t, frame
         declared = (stream.frames - 1) / float(stream.guessed_rate or 25)  # not all files say

@@ -103,10 +103,10 @@ def test_training_never_meets_them_and_the_report_is_true(script, diagonals, tmp
 def test_diagonals_are_read_from_trained_words(plain, tmp_path):
     """The large model has met left, right, up and down: it knows "up and to the left", too, by the
     words and by the order of frames."""
-    common.make_toy_folder(tmp_path / "four", train=4, test=80, motions=tuple(DIAGONALS), seed=1)
+    common.make_toy_folder(tmp_path / "four", train=4, test=60, motions=tuple(DIAGONALS), seed=1)
     data, model = read_data(str(tmp_path / "four")), common.build_action_clip(
         "toy-large", checkpoint=plain[1])
-    batch = next(iter(common.ClipLoader(common.Clips(data.test, 4, 37), 80)))
+    batch = next(iter(common.ClipLoader(common.Clips(data.test, 4, 37), 60)))
     pixels, labels = common.centre_crop(batch.video, 32), torch.tensor(batch.label)
 
     def top1(classes, pixels):
