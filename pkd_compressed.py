@@ -1,27 +1,26 @@
 """Teach early exits on compressed video stream by stream: motion vectors, residuals, I-frames.
 
 Soufleri, Ravikumar, Roy: "Advancing Compressed Video Action Recognition through Progressive
-Knowledge Distillation", arXiv 2407.02713: training (inference is in wise_infer.py). Class scores of
-whole networks go into early exits of the same networks, one teacher after the other.
+Knowledge Distillation", arXiv 2407.02713: training (inference: wise_infer.py). Class scores of
+whole networks are distilled into early exits of the same networks, one teacher after the other.
 
-A compressed file holds few whole pictures (I-frames); the frames between are stored as motion and a
-residual. Each of the three feeds a network of its own, as in CoViAR (Wu et al., CVPR 2018), with
-exits behind layer1, 2 and 3. The networks are trained first, by labels, and then frozen; the exits
-learn from a teacher's class scores. Networks on I-frames, the paper says, end in flatter minima
-than those on residuals, and these in flatter ones than those on motion: so the teachers come from
-the sharpest minimum to the flattest, "progressive" (PKD). Beside it: labels alone, the reverse
-order, the I-frames' network all the time, each in the same number of steps.
+A compressed file holds few whole pictures (I-frames); the frames between are motion and a residual.
+Each of the three feeds a network, as in CoViAR (Wu et al., CVPR 2018), with exits behind layer1, 2
+and 3. The networks learn from labels and are then frozen; the exits learn from a teacher's class
+scores. The paper finds flatter minima on I-frames than on residuals, and on these than on motion:
+so teachers go from the sharpest minimum to the flattest, "progressive" (PKD). Beside it, in as many
+steps: labels alone, the reverse order, the I-frames' network all the time.
 
-B clips with labels y, K classes; z_k (B, K): logits of exit k = 1..3, z_mv, z_r, z_i those of the
-whole networks (exit 4), each the mean over the S segments of a clip (the consensus).
+B clips with labels y, K classes; z_k (B, K): logits of exit k = 1..3; z_mv, z_r, z_i those of whole
+networks (exit 4); each the mean over a clip's S segments (the consensus).
   (1) exits_loss          ce:  sum_k CE(z_k, y), mean over B
   (2) soft_cross_entropy  others: sum_k -1/B sum_b sum_c softmax(z_t/tau)_c log softmax(z_k/tau)_c,
                           sum over K, mean over B, no tau^2 and no labels; tau 1
   (3) teacher_at          t over the steps of a run:  progressive  mv 1/6, r 1/6, third 4/6
                           anti, the reverse  third 4/6, r 1/6, mv 1/6;    iframe  i all the time
                           third: the network that the exits sit on (self), or i
-The gradient of an exit stays in that exit, since exits share no weight and the networks are frozen:
-the sum over k trains each alone. Test clips get the class of the largest z_k.
+Exits share no weight and the networks are frozen: each exit gets its own gradient alone. Test clips
+get the class of the largest z_k.
 Schedule: AdamW, lr 1e-3 (toys 3e-3), weight decay .01; linear warm-up in the first tenth of the
 steps, cosine to 0; networks 120 epochs (toys 24), then exits 60 (toys 24); batch 32.
 
@@ -37,17 +36,18 @@ RESULT pkd_compressed data=toy split=1 seed=0 mv4=0.5958 r4=0.8250 i4=0.9125
   progressive-mv3=0.6000 progressive-r1=0.8083 progressive-r2=0.8208 progressive-r3=0.8208
   progressive-i1=0.8083 progressive-i2=0.8875 progressive-i3=0.9125 seconds=151
 
-Differs from the paper (its abstract) and from its code: the code gives progressive 300 epochs and
-the others 150, and anti thirds, not sixths; its third teacher is self and runs on batch statistics,
-the paper's is i; its networks start from Kinetics weights that were never released, and BatchNorm
-moves in the "frozen" ones; its exits' linear bias is not trained; it reports each exit's best epoch
-on the test list, here it is the last. One crop and flip serve all streams and teachers, from a few
-fixed crops (--crops), and the test view is the middle square. Motion and residuals are read as
-common.py says; copies have I-frames at scene cuts, too, and exits see P-frames by segment, not by
-group. A fifth of the training clips is held out for wise_infer.py: no figure here compares with
-the paper's.
+Differs from the paper (its abstract) and its code: the code trains progressive for 300 epochs,
+others for 150, anti in thirds; its third teacher is self on batch statistics, the paper's is i; it
+starts from unreleased Kinetics weights; BatchNorm moves in its "frozen" networks; its exits' linear
+bias is not trained; it reports each exit's best epoch on the test list, here it is the last. One
+crop and flip serve all streams and teachers, from a few fixed crops (--crops); the test view is the
+middle square. Motion and residuals: see common.py; copies have I-frames at scene cuts, too; exits
+see P-frames by segment, not by group. A fifth of the training clips is held out for wise_infer.py:
+no figure here compares with the paper's.
 """
 import argparse
+import contextlib
+import copy
 import functools
 import itertools
 import json
@@ -64,11 +64,12 @@ import open_clip
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.io import write_png
 from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import draw_bounding_boxes, flow_to_image, make_grid
 from tqdm import tqdm
 
 import common
@@ -125,12 +126,12 @@ class Streams(nn.Module):
             self.nets[stream] = common.ExitNet(stream, name, classes, imagenet)
 
     def forward(self, x):
-        return {stream: self.nets[stream](x[stream]) for stream in x}
+        return {stream: net(x[stream]) for stream, net in self.nets.items()}
 
 
 class Exits(nn.Module):
     """Exits 1 to 3 of every stream, for every order; all orders start from the same weights.
-    {stream: maps}, S -> {(order, stream): [z_1, z_2, z_3], (B, K) each}"""
+    Outputs of run_frozen, S -> {(order, stream): [z_1, z_2, z_3], (B, K) each}"""
 
     def __init__(self, streams, orders, classes, seed):
         super().__init__()
@@ -140,17 +141,17 @@ class Exits(nn.Module):
             own = {stream: common.exit_heads(net, classes) for stream, net in streams.nets.items()}
             self.heads[order] = nn.ModuleDict(own)
 
-    def forward(self, maps, S):
-        out = {}
-        for order, stream in itertools.product(self.heads, maps):
-            pairs = zip(self.heads[order][stream], maps[stream], strict=True)
-            out[order, stream] = [head(f, S) for head, f in pairs]
-        return out
+    def forward(self, outputs, S):
+        z = {}
+        for order, stream in itertools.product(self.heads, STREAMS):
+            pairs = zip(self.heads[order][stream], outputs[stream][:3], strict=True)
+            z[order, stream] = [head(f, S) for head, f in pairs]
+        return z
 
 
 class FixedCrops(common.Clips):
-    """Training clips as the exits see them: epoch e sees crop e % crops of each clip. The frames
-    and crops of the networks' own training are others."""
+    """Training clips as the exits see them: epoch e sees view e % crops of each clip, none of those
+    that the networks were trained on."""
     crops = 1
 
     def __getitem__(self, key):
@@ -174,14 +175,12 @@ autocast = functools.partial(torch.autocast, DEVICE.type, torch.bfloat16, enable
 
 def adamw(module, lr, steps):
     """AdamW, no decay on norms and biases; linear warm-up, then cosine to 0."""
-    weights = [w for w in module.parameters() if w.requires_grad]
-    optimizer = torch.optim.AdamW([
-        {"params": [w for w in weights if w.ndim > 1], "weight_decay": .01},
-        {"params": [w for w in weights if w.ndim < 2], "weight_decay": 0.}], lr, fused=True)
-    warm = max(1, steps // 10)
-    return optimizer, SequentialLR(optimizer, [
-        LinearLR(optimizer, 1 / warm, total_iters=warm),
-        CosineAnnealingLR(optimizer, max(1, steps - warm))], [warm])
+    groups = [{"params": [w for w in module.parameters() if w.ndim > 1], "weight_decay": .01},
+              {"params": [w for w in module.parameters() if w.ndim < 2], "weight_decay": 0.}]
+    optimizer, warm = torch.optim.AdamW(groups, lr, fused=True), max(1, steps // 10)
+    parts = [LinearLR(optimizer, 1 / warm, total_iters=warm),
+             CosineAnnealingLR(optimizer, max(1, steps - warm))]
+    return optimizer, SequentialLR(optimizer, parts, [warm])
 
 
 def keep(row, rows, epochs, path, flags, about, parts):
@@ -239,74 +238,63 @@ def train_streams(streams, data, mirror, args, flags, run, log):
             with autocast():
                 out = wrapped(see(batch, args, mirror))
             losses = [F.cross_entropy(out[stream][1].float(), labels) for stream in STREAMS]
-            losses = torch.stack(losses)                                        # (3,)
-            losses.sum().backward()
+            sum(losses).backward()
             for net in streams.nets.values():
                 nn.utils.clip_grad_norm_(net.parameters(), 1.)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            sums += losses.detach() / len(loader)
-        terms = dict(zip(STREAMS, average(sums, streams), strict=True))
-        speed = len(loader) * loader.order.batch / (time.time() - began)
-        row = {"stage": "streams", "epoch": epoch + 1, **terms, "clips_per_s": speed}
+            sums += torch.stack(losses).detach() / len(loader)
+        row = {"stage": "streams", "epoch": epoch + 1}
+        row.update(zip(STREAMS, average(sums, streams), strict=True))
+        row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
         keep(row, rows, args.epochs, path, flags, {}, parts)
     log += rows
 
 
 def run_frozen(streams, batch, mirror, args):
-    """-> labels (B,), {stream: maps of exits 1-3}, {stream: logits (B, K)} of a batch"""
+    """-> labels (B,); {stream: maps of exits 1-3, (B*S, c, h, w), and logits z (B, K)}"""
     with torch.no_grad(), autocast():
-        out = streams(see(batch, args, mirror))
-    maps = {stream: [f.float() for f in held] for stream, (held, _) in out.items()}
-    z = {stream: z.float() for stream, (_, z) in out.items()}
-    return torch.tensor(batch.label, device=DEVICE), maps, z
+        out, outputs = streams(see(batch, args, mirror)), {}
+    for stream, (maps, z) in out.items():
+        outputs[stream] = [f.float() for f in (*maps, z)]
+    return torch.tensor(batch.label, device=DEVICE), outputs
 
 
 def feature_cache(streams, clips, mirror, args, data):
-    """What run_frozen says of every clip and crop, row crop * N + clip, in memory, maps in fp16; or
-    None where that takes more than --cache-gb. Each process of torchrun keeps all of it."""
+    """run_frozen for every clip and crop, in memory: labels, then the outputs of mv, r, i, maps in
+    fp16; row crop * N + clip. None where that takes more than --cache-gb."""
     loader = common.ClipLoader(clips, args.batch_size, args.workers, 0, 1, data.bad)
     loader.order.train = False  # every clip once, in the order of the list
-    rows, found = args.crops * len(clips), []
+    found = []
     for crop in range(args.crops):
         loader.order.epoch = crop
         for batch in tqdm(loader, f"crop {crop + 1}/{args.crops}", leave=False, disable=None):
-            labels, maps, z = run_frozen(streams, batch, mirror, args)
-            values = sum(f.numel() for f in itertools.chain(*maps.values())) // len(labels)
-            room = 2e-9 * rows * values
+            labels, outputs = run_frozen(streams, batch, mirror, args)
+            columns = [labels, *itertools.chain(*outputs.values())]
+            values = sum(f.numel() for f in columns) / len(labels)
+            room = 2e-9 * args.crops * len(clips) * values
             if room > args.cache_gb:
-                print(f"the features take {room:.0f} GB, more than --cache-gb: every epoch decodes "
-                      f"anew", flush=True)
+                print(f"{room:.0f} GB are more than --cache-gb: every epoch decodes anew", flush=True)
                 return None
-            for stream, held in maps.items():
-                maps[stream] = [f.unflatten(0, (-1, args.segments)).half().cpu() for f in held]
-            found.append((labels, maps, z))
-    maps, z = {}, {}
-    for s in STREAMS:
-        z[s] = torch.cat([row[2][s] for row in found])                          # (rows, K)
-        maps[s] = [torch.cat([row[1][s][k] for row in found]) for k in range(3)]  # (rows, S, ...)
-    return torch.cat([row[0] for row in found]), maps, z
+            columns = [f.half() if f.ndim == 4 else f for f in columns]
+            found.append([f.unflatten(0, (len(labels), -1)).cpu() for f in columns])
+    return [torch.cat(column) for column in zip(*found, strict=True)]
 
 
 def frozen_batches(streams, loader, cache, mirror, args):
-    """What exits train on, batch by batch: labels, maps and logits as in run_frozen, from the cache
-    where there is one."""
-    if cache is None:
-        for batch in loader:
-            yield run_frozen(streams, batch, mirror, args)
-        return
-    labels, maps, z = cache
-    for keys in loader.order:
+    """run_frozen for the batches that exits train on, from the cache where there is one"""
+    for batch in loader if cache is None else ():
+        yield run_frozen(streams, batch, mirror, args)
+    for keys in loader.order if cache else ():
         at = torch.tensor([epoch % args.crops * len(loader.dataset) + i for epoch, i in keys])
-        held = {s: [f[at].flatten(0, 1).to(DEVICE).float() for f in maps[s]] for s in STREAMS}
-        at = at.to(DEVICE)
-        yield labels[at], held, {s: z[s][at] for s in STREAMS}
+        labels, *parts = [column[at].flatten(0, 1).to(DEVICE) for column in cache]
+        parts = [f.float() for f in parts]
+        yield labels, dict(zip(STREAMS, (parts[:4], parts[4:8], parts[8:]), strict=True))
 
 
 def train_exits(streams, exits, data, mirror, args, flags, about, run, log):
-    """All exits of all orders, by eqs. (1)-(3), on the same batches. RUN/last.pt is what
-    wise_infer.py reads."""
+    """All exits of all orders, by eqs. (1)-(3), on the same batches; RUN/last.pt is the result."""
     streams.eval().requires_grad_(False)  # frozen, BatchNorm too
     clips = FixedCrops(data.train, args.segments, None, "coded", train=True, seed=args.seed,
                        copies=args.copies)
@@ -325,24 +313,24 @@ def train_exits(streams, exits, data, mirror, args, flags, about, run, log):
         began, sums = time.time(), torch.zeros(len(names), device=DEVICE)
         loader.order.epoch = epoch
         exits.train()
-        batches = tqdm(frozen_batches(streams, loader, cache, mirror, args), f"exits {epoch + 1}/"
-                       f"{args.exit_epochs}", len(loader), leave=False, disable=None)
-        for i, (labels, maps, z_t) in enumerate(batches):
-            step, losses = epoch * len(loader) + i, []
+        batches = tqdm(frozen_batches(streams, loader, cache, mirror, args),
+                       f"exits {epoch + 1}/{args.exit_epochs}", len(loader), False, disable=None)
+        for step, (labels, outputs) in enumerate(batches, epoch * len(loader)):
             with autocast():
-                out = wrapped(maps, args.segments)
-            for order, stream in itertools.product(args.order, STREAMS):
-                z = [z_k.float() for z_k in out[order, stream]]                 # (B, K) each
+                out = wrapped(outputs, args.segments)
+            losses = []
+            for (order, stream), z in out.items():
                 who = teacher_at(step, steps, order, stream, args.third_teacher)
-                losses.append(exits_loss(z, labels, z_t.get(who), args.tau))
+                z_t = outputs[who][3] if who else None                          # (B, K)
+                losses.append(exits_loss([z_k.float() for z_k in z], labels, z_t, args.tau))
             sum(losses).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
             sums += torch.stack(losses).detach() / len(loader)
-        terms = dict(zip(names, average(sums, exits), strict=True))
-        speed = len(loader) * loader.order.batch / (time.time() - began)
-        row = {"stage": "exits", "epoch": epoch + 1, **terms, "clips_per_s": speed}
+        row = {"stage": "exits", "epoch": epoch + 1}
+        row.update(zip(names, average(sums, exits), strict=True))
+        row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
         keep(row, rows, args.exit_epochs, path, flags, about, parts)
     log += rows
 
@@ -357,21 +345,19 @@ def evaluate(streams, exits, data, args):
     exits.eval()
     clips = common.Clips(data.test, args.segments, None, "coded", copies=args.copies)
     loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
-    pairs = list(itertools.product(args.order, STREAMS))
-    hits = torch.zeros(len(pairs), 4, device=DEVICE)
+    hits = torch.zeros(len(args.order) * 3, 4, device=DEVICE)
     for batch in tqdm(loader, "test", leave=False, disable=None):
-        labels, maps, z_4 = run_frozen(streams, batch, None, args)
+        labels, outputs = run_frozen(streams, batch, None, args)
         with autocast():
-            z = exits(maps, args.segments)
-        for row, pair in zip(hits, pairs, strict=True):
-            top = [z_k.argmax(1) == labels for z_k in [*z[pair], z_4[pair[1]]]]
-            row += torch.stack(top).sum(1)
+            out = exits(outputs, args.segments)
+        for row, ((_, stream), z) in zip(hits, out.items(), strict=True):
+            right = [z_k.argmax(1) == labels for z_k in (*z, outputs[stream][3])]
+            row += torch.stack(right).sum(1)
     if WORLD > 1:
         dist.all_reduce(hits)
-    top1 = {order: {} for order in args.order}
-    for (order, stream), row in zip(pairs, (hits / len(clips)).tolist(), strict=True):
-        top1[order][stream] = row
-    return top1
+    top1 = (hits / len(clips)).unflatten(0, (-1, 3)).tolist()
+    return {order: dict(zip(STREAMS, rows, strict=True))
+            for order, rows in zip(args.order, top1, strict=True)}
 
 
 def milliseconds(function):
@@ -384,74 +370,70 @@ def milliseconds(function):
 @torch.no_grad()
 def costs(streams, exits, args):
     """What a clip costs up to each exit, with the exits before it -> {stream: [(GMAC, ms) x 4]}"""
-    found, heads = {}, exits.heads[args.order[0]]
-    for stream, net in streams.eval().nets.items():
-        size = 1, args.segments, 2 if stream == "mv" else 3, args.size, args.size
-        x, found[stream] = torch.rand(size, device=DEVICE), []
-        for k in (1, 2, 3, 4):
-            def run(k=k, net=net, own=heads[stream], x=x):
-                return [z.cpu() for z in itertools.islice(common.exit_logits(net, own, x), k)]
+    nets, heads, found = streams.eval().nets, exits.heads[args.order[0]], {}
 
-            with FlopCounterMode(display=False) as counter:
-                run()
-            found[stream].append((counter.get_total_flops() / 2e9, milliseconds(run)))
+    def run(stream, x, k):
+        z = common.exit_logits(nets[stream], heads[stream], x)
+        return [z_k.cpu() for z_k in itertools.islice(z, k)]
+
+    for stream, k in itertools.product(STREAMS, (1, 2, 3, 4)):
+        size = 1, args.segments, 2 if stream == "mv" else 3, args.size, args.size
+        part = functools.partial(run, stream, torch.rand(size, device=DEVICE), k)
+        with FlopCounterMode(display=False) as counter:
+            part()
+        cost = counter.get_total_flops() / 2e9, milliseconds(part)
+        found.setdefault(stream, []).append(cost)
     return found
 
 
 def flatness(streams, data, args, clips=128, probes=30, sizes=(.01, .03, .1)):
-    """How flat the minimum of each network is, on some training clips in the test view: the trace
-    of the Hessian of the cross entropy by Hutchinson's estimate E[v H v], v of +1 and -1, and how
-    much the loss rises under noise of each of these relative sizes. BatchNorm uses its running
-    statistics. -> rows, mean and standard error over the probes"""
+    """How flat the minimum of each network is, on some training clips in the test view, BatchNorm
+    on running statistics: the trace of the Hessian of the cross entropy (Hutchinson: E[v H v], v of
+    +1 and -1), and the rise of the loss with eps |w| u / |u|, u normal, added to each tensor w. ->
+    rows, mean and standard error over the probes"""
     chosen = np.random.default_rng(args.seed).permutation(len(data.train))[:clips]
-    part = [data.train[i] for i in chosen]
-    part = common.Clips(part, args.segments, None, "coded", copies=args.copies)
+    part = common.Clips([data.train[i] for i in chosen], args.segments, None, "coded",
+                        copies=args.copies)
     batches, rows = [], []
     for batch in common.ClipLoader(part, args.batch_size, args.workers, 0, 1, data.bad):
-        if min(batch.label) >= 0:
-            batches.append((see(batch, args), torch.tensor(batch.label, device=DEVICE)))
+        batches.append((see(batch, args), torch.tensor(batch.label, device=DEVICE)))
     for stream, net in streams.eval().nets.items():
         generator = torch.Generator(DEVICE).manual_seed(args.seed)
-        weights = [w for w in net.parameters() if w.requires_grad]
-        size, loss = sum(w.numel() for w in weights) / 1e6, loss_of(net, stream, batches).item()
+        loss = sum(share.item() for share in loss_shares(net, stream, batches))
         found = {"trace": [hessian_probe(net, stream, batches, generator) for _ in range(probes)]}
-        for eps in sizes:
-            shaken = [loss_near(net, stream, batches, generator, eps) for _ in range(probes)]
-            found[f"rise{eps:g}"] = np.array(shaken) - loss
-        rows.append({"stream": stream, "M": size, "loss": loss})
+        for eps, _ in itertools.product(sizes, range(probes)):
+            near = copy.deepcopy(net).requires_grad_(False)
+            for w in near.parameters():
+                u = torch.randn(w.shape, generator=generator, device=DEVICE)
+                w += eps * w.norm() * u / u.norm()
+            rise = sum(share.item() for share in loss_shares(near, stream, batches)) - loss
+            found.setdefault(f"rise{eps:g}", []).append(rise)
+        rows.append({"stream": stream, "M": sum(w.numel() for w in net.parameters()) / 1e6,
+                     "loss": loss})
         for name, x in found.items():
             se = np.std(x, ddof=1) / probes ** .5
             rows[-1] |= {name: float(np.mean(x)), f"se {name}": float(se)}
     return rows
 
 
-def loss_of(net, stream, batches):
-    losses = [F.cross_entropy(net(x[stream])[1], labels, reduction="sum") for x, labels in batches]
-    return sum(losses) / sum(len(labels) for _, labels in batches)
+def loss_shares(net, stream, batches):
+    """Yields each batch's share of the mean cross entropy, so that memory holds one graph. A clip
+    that cannot be decoded has label -1 and does not count."""
+    count = sum((labels >= 0).sum() for _, labels in batches)
+    for x, labels in batches:
+        z = net(x[stream])[1]
+        yield F.cross_entropy(z, labels, ignore_index=-1, reduction="sum") / count
 
 
 def hessian_probe(net, stream, batches, generator):
     """v H v for one v, H the Hessian of the mean cross entropy"""
-    weights = [w for w in net.parameters() if w.requires_grad]
+    weights, total = list(net.parameters()), 0.
     v = [torch.randn(w.shape, generator=generator, device=DEVICE).sign() for w in weights]
-    slopes = torch.autograd.grad(loss_of(net, stream, batches), weights, create_graph=True)
-    slope = sum((g * v_w).sum() for g, v_w in zip(slopes, v, strict=True))
-    Hv = torch.autograd.grad(slope, weights)
-    return sum((h * v_w).sum() for h, v_w in zip(Hv, v, strict=True)).item()
-
-
-@torch.no_grad()
-def loss_near(net, stream, batches, generator, eps):
-    """The loss where each tensor w has got eps |w| u / |u| added, u normal"""
-    weights = [w for w in net.parameters() if w.requires_grad]
-    before = [w.clone() for w in weights]
-    for w in weights:
-        u = torch.randn(w.shape, generator=generator, device=DEVICE)
-        w += eps * w.norm() * u / u.norm()
-    loss = loss_of(net, stream, batches).item()
-    for w, old in zip(weights, before, strict=True):
-        w.copy_(old)
-    return loss
+    for share in loss_shares(net, stream, batches):
+        slopes = torch.autograd.grad(share, weights, create_graph=True)
+        Hv = torch.autograd.grad(slopes, weights, v)
+        total += sum((h * v_w).sum() for h, v_w in zip(Hv, v, strict=True)).item()
+    return total
 
 
 def draw_streams(data, args, path):
@@ -461,15 +443,14 @@ def draw_streams(data, args, path):
     for n in range(0, len(clips), -(-len(clips) // 6)):
         coded = clips[0, n].video
         mv, r, i = (part[args.segments // 2][None] for part in common.modalities(coded))
-        again, motion = common.warp(i, mv).round() + r, torchvision.utils.flow_to_image(mv)
-        names = ("I-frame", f"motion, up to {mv.norm(dim=1).max():.0f} px", "residual",
-                 f"reconstructed: {data.classes[data.test[n][1]]}")
-        for name, picture in zip(names, (i, motion, (128 + r).clamp(0, 255), again), strict=True):
+        pictures = {"I-frame": i, f"motion, up to {mv.norm(dim=1).max():.0f} px": flow_to_image(mv),
+                    "residual": (128 + r).clamp(0, 255), f"reconstructed: "
+                    f"{data.classes[data.test[n][1]]}": common.warp(i, mv).round() + r}
+        for name, picture in pictures.items():
             zoom = F.interpolate(picture.float(), scale_factor=192 / coded.size[0])[0].byte()
             zoom = F.pad(TF.center_crop(zoom, [192, 256]), (0, 0, 16, 0))
-            tiles.append(torchvision.utils.draw_bounding_boxes(
-                zoom, torch.tensor([[0, 0, 255, 207]]), [name], "white"))
-    torchvision.io.write_png(torchvision.utils.make_grid(tiles, 4), str(path))
+            tiles.append(draw_bounding_boxes(zoom, torch.tensor([[0, 0, 255, 207]]), [name]))
+    write_png(make_grid(tiles, 4), str(path))
 
 
 def table(rows):
@@ -501,13 +482,11 @@ def parse(argv=None):
     add("--data", default="toy", help="toy, or a folder; the README lists the formats")
     add("--split", type=int, default=1, choices=(1, 2, 3), help="of the data set's lists")
     add("--allow-missing", action="store_true", help="go on without missing clips")
-    add("--reencode", action="store_true", help="work on copies in CoViAR's form, made in "
-        "OUT/cache on first use: for files other than MPEG-4 with I- and P-frames alone")
+    add("--reencode", action="store_true", help="use copies in CoViAR's form, made in OUT/cache")
     add("--segments", type=int, default=3, help="S, frames per clip")
     add("--size", type=int, help="pixels; 32 for toy clips, else 224")
-    add("--holdout", type=float, default=.2, help="share of each class's training clips that no "
-        "training sees, for wise_infer.py")
-    add("--networks", nargs=3, metavar=("MV", "R", "I"), help="toy, or ResNets of torchvision; toy "
+    add("--holdout", type=float, default=.2, help="share of training clips kept for wise_infer.py")
+    add("--networks", nargs=3, metavar=("MV", "R", "I"), help="ResNets of torchvision or toy; toy "
         "for toy clips, else resnet18 resnet18 resnet50, the paper's")
     add("--imagenet", action="store_true", help="start from torchvision's ImageNet weights")
     add("--order", nargs="+", choices=[*ORDERS, "all"], default=["ce", "progressive"], help="eq. 3")
@@ -517,8 +496,7 @@ def parse(argv=None):
     add("--epochs", type=int, help="of the networks; 24 for toy clips, else 120")
     add("--exit-epochs", type=int, help="of the exits; 24 for toy clips, else 60")
     add("--crops", type=int, default=2, help="fixed crops per clip for the exits")
-    add("--cache-gb", type=float, default=16., help="room for what the frozen networks say; HMDB51 "
-        "at 224 pixels takes 72")
+    add("--cache-gb", type=float, default=16., help="limit of the feature cache; HMDB51 takes 72")
     add("--batch-size", type=int, default=32, help="of all processes together")
     add("--lr", type=float, help="3e-3 for toy networks, else 1e-3")
     add("--compile", action="store_true", help="torch.compile the three networks")
@@ -534,33 +512,30 @@ def parse(argv=None):
     args.networks = args.networks or (["toy"] * 3 if toy else ["resnet18", "resnet18", "resnet50"])
     args.lr = args.lr or (3e-3 if "toy" in args.networks else 1e-3)
     args.order = list(ORDERS) if "all" in args.order else list(dict.fromkeys(args.order))
-    name = Path(args.data).resolve().name
-    args.copies = f"{args.out}/cache/{name}-mpeg4" if args.reencode else None
-    if min(args.segments, args.epochs, args.exit_epochs, args.crops, args.batch_size) < 1 or \
-            args.size < 32 or not 0 <= args.holdout < 1 or args.tau <= 0:
-        parser.error("--segments, --epochs, --exit-epochs, --crops, --batch-size take 1 or more, "
-                     "--size 32 or more, --holdout 0 to 1, --tau more than 0")
+    copies = f"{args.out}/cache/{Path(args.data).resolve().name}-mpeg4"
+    args.copies = copies if args.reencode else None
+    if min(args.segments, args.epochs, args.exit_epochs, args.crops, args.batch_size) < 1:
+        parser.error("--segments, --epochs, --exit-epochs, --crops, --batch-size take 1 or more")
+    if args.size < 32 or not 0 <= args.holdout < 1 or args.tau <= 0:
+        parser.error("--size takes 32 or more, --holdout 0 to 1, --tau more than 0")
     return args
 
 
 def refuse_unfit(data):
     """Raises BadInput where clips' vectors cannot be followed. Broken files: see ClipLoader."""
-    unfit = {}
-    for path, _ in data.train + data.test:
-        try:
-            unfit[path] = common.video_index(path).unfit
-        except common.BadVideo:
-            continue
-    unfit = {path: reason for path, reason in unfit.items() if reason}
-    for path, reason in unfit.items():
-        raise common.BadInput(f"{len(unfit)} of {len(data.train + data.test)} clips cannot serve "
-                              f"as they are, first {path}: {reason}; add --reencode, which works "
-                              f"on copies")
+    unfit, clips = [], data.train + data.test
+    for path, _ in clips:
+        with contextlib.suppress(common.BadVideo):
+            if reason := common.video_index(path).unfit:
+                unfit.append(f"{path}: {reason}")
+    if unfit:
+        raise common.BadInput(f"{len(unfit)} of {len(clips)} clips cannot serve as they are, first "
+                              f"{unfit[0]}; add --reencode, which works on copies")
 
 
 def main(argv=None):
     """Train three networks and their exits, test and measure them. -> numbers"""
-    args, began = parse(argv), time.time()
+    args, began, log = parse(argv), time.time(), []
     if "toy" in args.networks:
         torch.set_num_threads(1)  # small networks run faster on one thread
     if WORLD > 1:
@@ -569,7 +544,8 @@ def main(argv=None):
                             toys="toy-pairs")
     if not args.reencode:
         refuse_unfit(data)
-    clips = data.digest()
+    flags, mirror = {"clips": data.digest(), **vars(args)}, common.mirrors(data.classes)
+    about = {"classes": data.classes, "data": data.name}  # for wise_infer.py, beside the flags
     data, held = common.hold_out(data, args.holdout, args.seed)
     torch.manual_seed(args.seed)
     streams = Streams(args.networks, len(data.classes), args.imagenet).to(DEVICE)
@@ -583,8 +559,6 @@ def main(argv=None):
     if RANK == 0:
         print(f"{data}, {len(held)} held out; {WORLD} process(es), {MACHINE}", flush=True)
 
-    flags, mirror, log = {"clips": clips, **vars(args)}, common.mirrors(data.classes), []
-    about = {"classes": data.classes, "data": data.name}  # for wise_infer.py, beside the flags
     train_streams(streams, data, mirror, args, flags, run, log)
     minima = flatness(streams, data, args) if args.flatness and RANK == 0 else []
     train_exits(streams, exits, data, mirror, args, flags, about, run, log)
@@ -599,12 +573,12 @@ def main(argv=None):
 def report(streams, exits, top1, minima, data, args, log, run, began):
     """Measure, with nothing else running; write record and picture; print tables and RESULT."""
     cost, rows = costs(streams, exits, args), []
-    for (s, stream), k in itertools.product(enumerate(STREAMS), range(4)):
-        gmac, ms = cost[stream][k]
-        row = {"stream": stream, "network": args.networks[s], "exit": k + 1, "GMAC": gmac}
-        rows.append(row | {"ms": ms} | {order: top1[order][stream][k] for order in args.order})
-    print(f"{table(rows)}\ntop-1 of {len(data.test)} test clips, chance {1 / len(data.classes):.3f}."
-          f" GMAC and ms: of a clip, with the exits before; exit 4: the frozen network's own")
+    for stream, k in itertools.product(STREAMS, range(4)):
+        row = {"network": f"{stream} {streams.nets[stream].name}", "exit": k + 1}
+        row["GMAC"], row["ms"] = cost[stream][k]
+        rows.append(row | {order: top1[order][stream][k] for order in args.order})
+    print(f"{table(rows)}\ntop-1 of {len(data.test)} test clips, chance 1/{len(data.classes)}. "
+          f"GMAC, ms: of a clip, with the exits before; exit 4: the network's own")
     if minima:
         mv, r, i = (row["trace"] for row in minima)
         print(f"{table(minima)}\nse: standard error. The paper's order of flatness, I < R < MV, "
