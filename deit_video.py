@@ -6,19 +6,17 @@ DeiT (Touvron et al., ICML 2021, arXiv 2012.12877) for video, on ActionCLIP (Wan
 arXiv 2109.08472). Class scores of a large ActionCLIP go into a second head of a small one.
 
 DeiT gives a transformer a second token, whose head learns from the teacher while the class head
-learns from the labels. ActionCLIP's temporal transformer has no class token: its head is the mean
-over frames. So a learned token stands before the frame embeddings, and a "token-based" and a
-"frame-based perspective" are learned at once. The abstract reports a significant gain, caused by
-the two heads and not by the teacher. The arms separate these: gt has two heads and no teacher;
-teacher-on-frame a teacher and one head; two-frame-heads two heads (the second a linear layer on
-h_frame, initialised as the identity) and no token.
+learns from the labels. ActionCLIP's head is the mean over frames, without a token. So a learned
+token stands before the frames: a "token-based" and a "frame-based perspective" are learned at once.
+The abstract credits the gain to the two heads, not to the teacher. The arms separate these: gt has
+no teacher; teacher-on-frame has one head; two-frame-heads has, in place of the token, a linear
+layer on h_frame, initialised as the identity.
 
-B clips with labels y, frames f (B, T, D), text embeddings t (B, D); p positions; x^ = x / |x|; s is
-the learned scale exp(logit_scale); v_T, s_T and z_T (B, K) are the teacher's.
+B clips with labels y, frames f (B, T, D), text embeddings t (B, D); p positions; x^ = x / |x|; s =
+exp(logit_scale), learned; v_T, s_T and z_T (B, K) are the teacher's.
   (1) kl_pair       1/2 [KL(G || softmax_rows(s v^ t^')) + KL(G || softmax_rows(s t^ v^'))],
                     G = softmax_rows(10 [y_i = y_k]); KL summed over a row, mean over B
-  (2) class_scores  p(k) = 1/P sum_p softmax_k(100 v^ . t^_pk), for P = 16 sentences per class;
-                    test clips get the class of the largest p
+  (2) class_scores  p(k) = mean_p softmax_k(100 v^ . t^_pk), 16 sentences a class; argmax wins
   (3) FusionHead.read in common.py: [z_0; z_1; ...] = transformer([token + p_0; f_1 + p_1; ...]),
                     h_frame = mean_i(z_i + f_i), h_token = z_0 + mean_i f_i
   (4), (5)          spatial_loss, total_loss of spatial_kd.py, for the grid
@@ -34,8 +32,8 @@ first tenth of the steps, cosine to 0; 50 epochs (toys 6), batch 32. The trained
   python deit_video.py --arms one-head gt hard soft two-frame-heads teacher-on-frame
   python deit_video.py --grid thesis          base, +swap, +swap+spatial, +swap+two-heads, all three
                                               (after: python spatial_kd.py --label-only)
-  python deit_video.py --data HMDB51 --teacher ViT-B-32:vit-b-32-8f.pt \\
-      --student TinyCLIP-ViT-40M-32-Text-19M:TinyCLIP-ViT-40M-32-Text-19M-LAION400M.pt
+  python deit_video.py --data HMDB51 --teacher ViT-B-32:vit-b-32-8f.pt --student \\
+      TinyCLIP-ViT-40M-32-Text-19M:TinyCLIP-ViT-40M-32-Text-19M-LAION400M.pt
 
 The plain command printed (2 cores of an x86_64 CPU, torch 2.15.0):
 RESULT deit_video data=toy split=1 seed=0 teacher=0.9800 one-head=0.9367 gt=0.9133 hard=0.9267
@@ -44,15 +42,13 @@ RESULT deit_video data=toy split=1 seed=0 teacher=0.9800 one-head=0.9367 gt=0.91
 Differs from the thesis, of which the abstract was at hand: eqs. (3), (6)-(8) are our reading, with
 the residual mean_i f_i, without which the token starts far from the texts. From DeiT: alpha .5 and
 tau 1 are its code's (its paper's soft variant: weight .1, tau 3); its code divides the soft loss by
-B K, so it is K times weaker; hard is an in-batch loss, not cross entropy over K; no linear
-classifiers; (8) averages vectors: up to their length, which eq. (2) normalises, that is the mean of
-both heads' logits. The student's texts in soft_loss are under one template a step. The spatial
-heads of all three read (8). Eq. (1) is trained as in tinyclip_swap.py, with the same differences.
+B K; hard is an in-batch loss, not cross entropy over K; no linear classifiers; (8) is, up to its
+length, the mean of both heads' logits. soft_loss takes texts under one template a step. Spatial
+heads read (8). Eq. (1) is trained as in tinyclip_swap.py, with the same differences.
 """
 import argparse
 import collections
 import functools
-import itertools
 import json
 import math
 import os
@@ -133,9 +129,9 @@ def total_loss(action, spatial, weight):
 
 
 class Arm(NamedTuple):
-    """loss: of eq. (6), None: h_frame alone. second: what it trains: the `token`'s read-out, a
-    `linear` layer on h_frame, or the `frame` read-out itself. swap: small backbone or large one.
-    spatial: with technique 2's objectives."""
+    """loss: of eq. (6), None: h_frame alone. second: what it trains, the `token`'s read-out, a
+    `linear` layer on h_frame, or the `frame` read-out itself. swap: small backbone. spatial: with
+    technique 2's objectives."""
     loss: str | None
     second: str = "token"
     swap: bool = True
@@ -156,8 +152,8 @@ class TwoHeaded(nn.Module):
     def __init__(self, model, arm, tasks):
         super().__init__()
         self.model, self.arm, self.tasks = model, arm, tasks if arm.spatial else []
-        self.linear = nn.Linear(model.width, model.width) if arm.second == "linear" else None
-        if self.linear:
+        if arm.second == "linear":
+            self.linear = nn.Linear(model.width, model.width)
             nn.init.eye_(self.linear.weight)
             nn.init.zeros_(self.linear.bias)
         scale = model.clip.logit_scale.exp().item()
@@ -166,10 +162,9 @@ class TwoHeaded(nn.Module):
     def read(self, video):
         """Eq. (3), or what the arm has instead of the token; and eq. (8). (B, T, 3, S, S) in 0..1
         -> h_token, h_frame and the one vector, (B, D) each"""
-        f = self.model.encode_frames(video)
-        h_token, h_frame = self.model.fusion.read(f)
+        h_token, h_frame = self.model.fusion.read(self.model.encode_frames(video))
         if self.arm.second != "token":
-            h_token = self.linear(h_frame) if self.linear else h_frame
+            h_token = self.linear(h_frame) if self.arm.second == "linear" else h_frame
         return h_token, h_frame, common.one_vector(h_token, h_frame)
 
     def forward(self, video, tokens, more=None, words=None):
@@ -178,10 +173,9 @@ class TwoHeaded(nn.Module):
         h_token, h_frame, h = self.read(video)
         encode, logits = self.model.encode_text, []
         if words is not None:
-            sizes = [len(task.labels) for task in self.tasks]
-            logits = self.heads(h, encode(words).split(sizes))
-        return (h_token, h_frame, encode(tokens), self.model.clip.logit_scale.exp(),
-                None if more is None else encode(more), logits)
+            logits = self.heads(h, encode(words).split([len(task.labels) for task in self.tasks]))
+        t, more = encode(tokens), None if more is None else encode(more)
+        return h_token, h_frame, t, self.model.clip.logit_scale.exp(), more, logits
 
     def clamp_scales(self):
         self.model.clip.logit_scale.clamp_(max=math.log(100))
@@ -310,11 +304,10 @@ def train(name, student, teacher, data, mirror, args, run, log):
                 z_t = class_logits(teacher, view, text_t)                       # (B/W, K)
             more = token_texts(loss, z_t, prompts, draws, rng)
             said = [texts[rng.integers(len(texts))] for texts in words]         # (L_k, L) each
-            said = torch.cat(said) if said else None
             view = common.training_view(batch, model.size, mirror, args.seed, DEVICE)
             with autocast():
                 h_token, h_frame, t, scale, texts, logits = wrapped(
-                    view, prompts[draws, batch.label], more, said)
+                    view, prompts[draws, batch.label], more, torch.cat(said) if said else None)
             h_token, h_frame, t = (gather(x.float()) for x in (h_token, h_frame, t))  # (B, D)
             frame = kl_pair(h_frame, t, labels, scale)
             token = token_loss(loss, h_token, t, labels, texts, z_t, scale, args.tau)
@@ -332,10 +325,10 @@ def train(name, student, teacher, data, mirror, args, run, log):
                 cosine = F.cosine_similarity(h_token, h_frame).mean()
                 sums += torch.stack([frame, token, cosine, *spatial]) / len(loader)
         names = ["frame", "token", "cosine", *(task.name for task in tasks)]
+        terms = dict(zip(names, sums.tolist(), strict=True))
         speed = len(loader) * loader.order.batch / (time.time() - began)
-        row = {"arm": name, "epoch": epoch + 1, **dict(zip(names, sums.tolist(), strict=True))}
-        keep(row | {"clips_per_s": speed}, rows, args.epochs, path, flags,
-             model.about(args.frames), parts)
+        row = {"arm": name, "epoch": epoch + 1, **terms, "clips_per_s": speed}
+        keep(row, rows, args.epochs, path, flags, model.about(args.frames), parts)
     log += rows
 
 
@@ -346,7 +339,7 @@ def train(name, student, teacher, data, mirror, args, run, log):
 def evaluate(student, data, args):
     """Test on every clip by each read-out. -> {frame, token, mean (eq. 8): top-1; cosine of the two
     vectors}, {index: class said by the deployed one} of this process's clips"""
-    model, said = student.eval().model, {}
+    model, said, two = student.eval().model, {}, student.arm.second != "frame"
     text = model.embed_classes(data.classes)                                    # (16, K, D)
     hits = torch.zeros(4, device=DEVICE)
     clips = common.Clips(data.test, args.frames, model.side)
@@ -363,11 +356,11 @@ def evaluate(student, data, args):
         said |= dict(zip([i for _, i in batch.key], top.tolist(), strict=True))
     if WORLD > 1:
         dist.all_reduce(hits)
-    numbers = dict(zip(("frame", "token", "mean", "cosine"), (hits / len(clips)).tolist(),
-                       strict=True))
-    if student.arm.second == "frame":
-        numbers |= {"token": math.nan, "mean": math.nan, "cosine": math.nan}
-    return {"top1": numbers["frame" if student.arm.second == "frame" else "mean"], **numbers}, said
+    if not two:
+        hits[1:] = math.nan
+    frame, token, mean, cosine = (hits / len(clips)).tolist()
+    return {"top1": mean if two else frame, "frame": frame, "token": token, "mean": mean,
+            "cosine": cosine}, said
 
 
 def milliseconds(function):
@@ -450,7 +443,6 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     args.epochs = args.epochs or (6 if args.data == "toy" else 50)
     args.lr = args.lr or (4e-4 if args.student.startswith("toy-") else 5e-6)
-    args.arms = list(dict.fromkeys(args.arms))
     if min(args.epochs, args.batch_size) < 1 or not 1 <= args.frames <= 77:
         parser.error("--frames takes 1 to 77; --epochs and --batch-size 1 or more")
     if not 0 <= args.alpha <= 1 or args.tau <= 0 or args.weight < 0:
@@ -465,8 +457,8 @@ def build(name, arm, tasks, args, cache):
     model = common.build_action_clip(args.student if arm.swap else args.teacher, cache=cache,
                                      token=arm.second == "token", checkpoint=file)
     if file and model.frames not in (None, args.frames):
-        raise common.BadInput(f"--teacher-checkpoint {file} has {model.frames} frames, and teacher "
-                              f"and student see the same: say --frames {model.frames}")
+        raise common.BadInput(f"--teacher-checkpoint {file} has {model.frames} frames, and the "
+                              f"student sees the same: say --frames {model.frames}")
     if args.compile:
         torch.compiler.config.recompile_limit = 64  # arms x batch sizes x training, testing
         model.encode_frames = torch.compile(model.encode_frames)
@@ -476,14 +468,13 @@ def build(name, arm, tasks, args, cache):
 def read_targets(data, args):
     """The tasks that spatial_kd.py has labelled these clips for. Raises BadInput."""
     path = Path(args.out) / "spatial_kd" / f"{data.name}-s{args.split}-seed{args.seed}/targets.pt"
-    more = f" --unseen {args.unseen}" if args.unseen else ""
-    command = (f"python spatial_kd.py --label-only --data {args.data} --split {args.split} --seed "
-               f"{args.seed} --frames {args.frames}{more} --out {args.out}")
-    if not path.exists():
-        raise common.BadInput(f"--grid: {path} is missing; make it with: {command}")
-    saved = torch.load(path, weights_only=True)
-    if saved["clips"] != data.digest():
-        raise common.BadInput(f"--grid: {path} was made for other clips; say: {command}")
+    saved = torch.load(path, weights_only=True) if path.exists() else {}
+    if saved.get("clips") != data.digest():
+        what = "was made for other clips; say" if saved else "is missing; make it with"
+        raise common.BadInput(
+            f"--grid: {path} {what}: python spatial_kd.py --label-only --data {args.data} --split "
+            f"{args.split} --seed {args.seed} --frames {args.frames} --unseen {args.unseen} --out "
+            f"{args.out}")
     return [common.Task(**task) for task in saved["tasks"]]
 
 
@@ -494,18 +485,16 @@ def main(argv=None):
         torch.set_num_threads(1)  # small networks run faster on one thread
     if WORLD > 1:
         dist.init_process_group("nccl" if GPU else "gloo")
-    cache = Path(args.out) / "cache"
-    data = common.read_data(args.data, args.split, args.allow_missing, cache,
-                            "toy-diagonals" if args.unseen else "toy")
+    cache, toys = Path(args.out) / "cache", "toy-diagonals" if args.unseen else "toy"
+    data = common.read_data(args.data, args.split, args.allow_missing, cache, toys)
     tests = common.split_unseen(data, args.unseen, args.seed)
     data, tasks = tests[""], []
     arms = {"teacher": TEACHER, **{name: ARMS[name] for name in args.arms}}
     if args.grid:
         arms, tasks = GRID, read_targets(data, args)
     students = {name: build(name, arm, tasks, args, cache) for name, arm in arms.items()}
-    told = itertools.chain(*[task.labels for task in tasks])
-    flips = all(common.mirrors(told))  # left stays left, in every arm
-    mirror = [may and flips for may in common.mirrors(data.classes)]
+    flips = all(all(common.mirrors(task.labels)) for task in tasks)
+    mirror = [may and flips for may in common.mirrors(data.classes)]  # the same in every arm
     run = Path(args.out) / "deit_video" / f"{data.name}-s{args.split}-seed{args.seed}"
     run.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
@@ -516,13 +505,13 @@ def main(argv=None):
     for name, student in students.items():
         if name != first or not args.teacher_checkpoint:
             train(name, student, teacher, data, mirror, args, run, log)
+        results[name] = {"arm": name, "backbone": student.model.name, "loss": student.arm.loss}
         for group, part in tests.items():
             numbers, said = evaluate(student, part, args)
             if not group:
                 answers[name] = said
                 same = [answers[first][i] == k for i, k in said.items()]
-                results[name] = {"arm": name, "backbone": student.model.name, "loss": str(
-                    student.arm.loss), **numbers, "agree": sum(same) / len(same)}
+                results[name] |= {**numbers, "agree": sum(same) / len(same)}
             results[name][f"top1{group}"] = numbers["top1"]
         if name == first:
             teacher.eval().requires_grad_(False)  # frozen: used as the teacher from here on
@@ -540,10 +529,9 @@ def report(students, results, answers, tests, args, log, run, began):
         results[name] |= cost(student.eval().model, args.frames)
         scores += [f"{name}{group}={results[name]['top1' + group]:.4f}" for group in tests]
     chances = [f"top1{group} {1 / len(part.classes):.3f}" for group, part in tests.items()]
-    print(f"{table(list(results.values()))}\nframe, token, mean: top-1 of each read-out; agree: with "
-          f"the teacher; cosine: of the two vectors; M: million parameters\nwithout the word table; "
-          f"GMAC, ms: of a clip, texts cached. {len(data.test)} test clips; chance: "
-          f"{', '.join(chances)}")
+    print(f"{table(list(results.values()))}\nframe, token, mean: top-1 of each read-out; cosine: "
+          f"of both vectors; agree: with the teacher; M: million parameters,\nno word "
+          f"table; GMAC, ms: of a clip. {len(data.test)} test clips; chance: {', '.join(chances)}")
     for note in data.notes():
         print(f"NOTE {note}")
     write_record(run / "run.json", args, data, results, log, began)

@@ -15,7 +15,7 @@ B clips with actions y, video embeddings v, text embeddings t, (B, D); x^ = x / 
 exp(logit_scale); f_i: the labeller's embedding of frame i; b (L, D): of the labels of a task.
   (1) kl_pair          L_action = 1/2 [KL(G || softmax_rows(s v^ t^')) + the same of t^ v^'],
                        G = softmax_rows(10 [y_i = y_k]); KL summed over a row, mean over B
-  (2) class_scores     p(k) = 1/P sum_p softmax_k(100 v^ . t^_pk), for P = 16 sentences per class
+  (2) class_scores     p(k) = mean_p softmax_k(100 v^ . t^_pk), 16 sentences a class; argmax wins
   (3) spatial_targets  q = 1/T sum_i softmax(100 f_i^ b^');  keep_labels: the 16 labels with the
                        highest total probability over the training clips, renormalised
   (4) spatial_loss     L_k = KL(q_k || softmax(s_k h_k(v)^ t_k^')), summed over labels, mean over
