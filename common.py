@@ -1,11 +1,9 @@
-"""Clips in, networks out: what every method of this repository needs before the method starts.
+"""Clips in, networks out: data loading and model builders, all that a method needs before it starts.
 
-The contract: data loading and model builders, nothing else. This file trains nothing, logs nothing,
-reads no flags and knows nothing of the roles that networks play in a method. (One exception: the
-toy CLIP is trained where it is built, since that stands in for a download.)
-
-Sections: errors | toy clips | data sets | RGB decoding | compressed decoding | loaders | views |
-CLIP and ActionCLIP builders | exit networks
+This file trains nothing (but the toy CLIPs, in place of a download), logs nothing, reads no flags
+and knows nothing of the roles that networks play in a method. Sections: errors | toy clips | data
+sets | RGB decoding | compressed decoding | loaders | views | CLIP and ActionCLIP builders | exit
+networks
 
 Axes:  B clips   T frames of a clip that a network sees   C H W channels, height, width   D width of
 an embedding   K classes   N frames of a file   V windows of a clip   S segments of a compressed
@@ -25,7 +23,6 @@ import shutil
 import sys
 import tempfile
 import zlib
-from bisect import bisect_left, bisect_right
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +41,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from open_clip.transformer import QuickGELU, Transformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.resnet import BasicBlock
 from torchvision.transforms.v2 import functional as TF
 
 # ---- errors --------------------------------------------------------------------------------------
@@ -54,7 +52,7 @@ class BadInput(ValueError):
 
 
 class BadVideo(Exception):
-    """A file that cannot be decoded; PyAV's many errors become this one. Has .path and .reason."""
+    """A file that cannot be decoded; PyAV's many errors become this one."""
 
     def __init__(self, path, reason):
         super().__init__(str(path), reason)  # both arguments, so that it can be pickled
@@ -272,44 +270,45 @@ def read_data(data, split=1, allow_missing=False, cache="runs/cache", toys="toy"
 
 def _rows(root, split):
     """The lists of a folder as they stand there -> training and test [(path, class name)]"""
-    hmdb, ucf = root / "testTrainMulti_7030_splits", root / "ucfTrainTestlist"
-    if hmdb.is_dir():
-        return _hmdb_rows(root, hmdb, split)
-    if ucf.is_dir():
-        return [_ucf_rows(root, ucf / f"{part}list0{split}.txt") for part in ("train", "test")]
-    for number in (split, "")[:1 + (split == 1)]:
-        lists = [root / f"{part}{number}.csv" for part in ("train", "test")]
-        if all(map(Path.is_file, lists)):
-            return [_csv_rows(root, path) for path in lists]
-    folders = [root / "train", root / "test"]
-    if split == 1 and all(map(Path.is_dir, folders)):
-        return [_folder_rows(folder) for folder in folders]
-    held = ", ".join(sorted(path.name for path in root.iterdir())[:4]) or "nothing"
-    raise BadInput(f"--data {root}: no data set with a split {split} is recognised there (it holds "
-                   f"{held}); {FORMATS}")
-
-
-def _hmdb_rows(root, lists, split):
-    rows, files = ([], []), sorted(lists.glob(f"*_test_split{split}.txt"))
-    if not files:
-        raise BadInput(f"{lists} lacks CLASS_test_split{split}.txt, HMDB51's official lists")
-    folders = [file.name.rsplit("_", 2)[0] for file in files]  # brush_hair_test_split1.txt
-    home = root if any((root / folder).is_dir() for folder in folders) else root / "hmdb51_org"
-    for file, folder in zip(files, folders, strict=True):  # 1 training, 2 test, 0 neither
-        for clip, part in re.findall(r"^(.+) ([12])\s*$", file.read_text(errors="replace"), re.M):
-            rows[int(part) - 1].append((home / folder / clip, words(folder)))
+    rows, names, once = ([], []), ("train", "test"), split == 1
+    lists, ucf = root / "testTrainMulti_7030_splits", root / "ucfTrainTestlist"
+    numbered, plain = ([root / f"{name}{number}.csv" for name in names] for number in (split, ""))
+    if lists.is_dir():
+        files = {path.name.rsplit("_", 2)[0]: path for path in lists.glob(f"*_test_split{split}.txt")}
+        if not files:
+            raise BadInput(f"{lists} lacks CLASS_test_split{split}.txt, HMDB51's official lists")
+        home = root if any((root / name).is_dir() for name in files) else root / "hmdb51_org"
+        for name, path in sorted(files.items()):  # 1 training, 2 test, 0 neither
+            text = path.read_text(errors="replace")
+            for clip, part in re.findall(r"^(.+) ([12])\s*$", text, re.M):
+                rows[int(part) - 1].append((home / name / clip, words(name)))
+    elif ucf.is_dir():
+        home = root / "UCF-101" if (root / "UCF-101").is_dir() else root
+        for part, name in zip(rows, names, strict=True):
+            path = ucf / f"{name}list0{split}.txt"
+            if not path.is_file():
+                raise BadInput(f"{path} is missing, one of UCF101's official lists")
+            clips = re.findall(r"^\S+", path.read_text(errors="replace"), re.M)
+            part += [(home / clip, words(clip.split("/")[0])) for clip in clips]
+    elif all(map(Path.is_file, numbered)):
+        return [_csv_rows(path) for path in numbered]
+    elif once and all(map(Path.is_file, plain)):
+        return [_csv_rows(path) for path in plain]
+    elif once and (root / "train").is_dir() and (root / "test").is_dir():
+        for part, name in zip(rows, names, strict=True):
+            for home in filter(Path.is_dir, sorted((root / name).glob("[!.]*"))):
+                clips = list(filter(Path.is_file, sorted(home.glob("[!.]*"))))
+                if not clips:
+                    raise BadInput(f"{home} holds no clip; put some there or remove the folder")
+                part += [(clip, words(home.name)) for clip in clips]
+    else:
+        held = ", ".join(sorted(path.name for path in root.iterdir())[:4]) or "nothing"
+        raise BadInput(f"--data {root}: no data set with a split {split} is recognised there (it "
+                       f"holds {held}); {FORMATS}")
     return rows
 
 
-def _ucf_rows(root, file):
-    if not file.is_file():
-        raise BadInput(f"{file} is missing, one of UCF101's official lists")
-    home = root / "UCF-101" if (root / "UCF-101").is_dir() else root
-    clips = re.findall(r"^\S+", file.read_text(errors="replace"), re.M)
-    return [(home / clip, words(clip.split("/")[0])) for clip in clips]
-
-
-def _csv_rows(root, path):
+def _csv_rows(path):
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = [(line["path"].strip(), line["label"].strip()) for line in csv.DictReader(file)]
@@ -318,17 +317,7 @@ def _csv_rows(root, path):
     except (ValueError, csv.Error, KeyError, AttributeError) as error:
         raise BadInput(f"{path}: no UTF-8 list whose first line is path,label, with both in each "
                        f"line ({error!r})") from None
-    return [(root / clip, label) for clip, label in rows]
-
-
-def _folder_rows(folder):
-    rows = []
-    for home in filter(Path.is_dir, sorted(folder.glob("[!.]*"))):
-        clips = list(filter(Path.is_file, sorted(home.glob("[!.]*"))))
-        if not clips:
-            raise BadInput(f"{home} holds no clip; put some there or remove the folder")
-        rows += [(clip, words(home.name)) for clip in clips]
-    return rows
+    return [(path.parent / clip, label) for clip, label in rows]
 
 
 def split_unseen(data, count, seed=0):
@@ -345,17 +334,16 @@ def split_unseen(data, count, seed=0):
     unseen = sorted(np.random.default_rng([seed, 4]).choice(able, count, replace=False).tolist())
     seen = [name for name in data.classes if name not in unseen]
 
-    def among(classes, clips):
-        named = [(path, data.classes[label]) for path, label in clips]
-        return [(path, classes.index(name)) for path, name in named if name in classes]
+    def part(chosen, classes, *parts):
+        named = [[(path, data.classes[k]) for path, k in clips] for clips in parts]
+        train, test = ([(path, classes.index(name)) for path, name in clips if name in chosen]
+                       for clips in named)
+        return dataclasses.replace(data, name=f"{data.name}-unseen{count}", classes=classes,
+                                   train=train, test=test, unseen=unseen, official=None)
 
-    train, tests = among(seen, data.train), [among(names, data.test) for names in (seen, unseen)]
-    all_ = [clip for clip in data.test if data.classes[clip[1]] in unseen]
-    part = functools.partial(dataclasses.replace, data, name=f"{data.name}-unseen{count}",
-                             unseen=unseen, official=None)
-    return {"": part(classes=seen, train=train, test=tests[0]),
-            "_unseen": part(classes=unseen, train=[], test=tests[1]),
-            "_unseen_all": part(train=[], test=all_)}
+    return {"": part(seen, seen, data.train, data.test),
+            "_unseen": part(unseen, unseen, [], data.test),
+            "_unseen_all": part(unseen, data.classes, [], data.test)}
 
 
 def hold_out(data, share, seed=0):
@@ -373,27 +361,19 @@ def hold_out(data, share, seed=0):
 
 
 def segment_indices(count, frames, rng=None):
-    """TSN sampling: one frame of each of T equal segments -> T sorted indices into N=count frames.
-
-    With rng a random frame of each segment (training), without it the middle one (test). A clip of
-    fewer than T frames repeats some.
-    """
+    """TSN sampling: one frame of each of T equal segments -> T sorted indices into N=count frames,
+    with rng at random (training), else the middle (test). A clip of fewer frames repeats some."""
     i = np.arange(frames)
-    if rng is None and count <= frames:
-        return i * count // frames
     if rng is None:
-        return (i * count / frames + (count / frames - 1) / 2).astype(int)
+        return (i * count / frames + max(0, count / frames - 1) / 2).astype(int)
     if count <= frames:
         return np.sort(np.concatenate([np.arange(count), rng.integers(count, size=frames - count)]))
     return rng.integers(i * count // frames, (i + 1) * count // frames)
 
 
 def dense_indices(count, frames, rng=None, views=1):
-    """Dense sampling: windows of 128 frames, stride 128 // T, as in Text4Vis, the CLIP-based model
-    that uses it (TSM, where it comes from, has windows of 64). -> (V, T)
-
-    With rng one window at a random start (training), without it `views` windows evenly spaced (one:
-    the middle). Indices are taken modulo N=count: a shorter clip starts over.
+    """Dense sampling: windows of 128 frames, stride 128 // T, as in Text4Vis -> (V, T), modulo
+    N=count. With rng one window at random (training), else `views` evenly spaced (one: the middle).
     """
     last = max(0, count - 128)
     starts = [last // 2] if views == 1 else np.linspace(0, last, views).astype(int)
@@ -402,8 +382,8 @@ def dense_indices(count, frames, rng=None, views=1):
 
 
 VOP = re.compile(b"\0\0\1\xb6(.)", re.S)  # a picture of MPEG-4; two bits say: I, P, B or S
-# A file of a data set is opened as a file, whatever its name looks like, and is no playlist: these
-# formats name other files or addresses to be opened.
+# Files of a data set are opened as files, whatever their names look like. These formats, playlists,
+# name other files or addresses to be opened.
 CONTAINERS = av.formats_available - {"concat", "dash", "hls", "image2", "imf", "rtsp", "sdp", "tty",
                                      "webm_dash_manifest"}
 
@@ -420,13 +400,10 @@ def open_video(path, source=None, **options):
         with av.open(source, metadata_errors="replace", **options) as container:
             covers = av.stream.Disposition.attached_pic
             streams = [s for s in container.streams.video if not s.disposition & covers]
-            if not streams:
-                raise BadVideo(path, "no video stream")
-            stream = streams[0]
-            if stream.codec_context is None:
-                raise BadVideo(path, "its codec is unknown")
-            stream.thread_count = 1  # loader workers are the threads
-            yield container, stream
+            if not streams or streams[0].codec_context is None:
+                raise BadVideo(path, "no video stream, or one of an unknown codec")
+            streams[0].thread_count = 1  # loader workers are the threads
+            yield container, streams[0]
     except (av.FFmpegError, OSError, ValueError, IndexError) as error:
         what = "no such file" if isinstance(error, FileNotFoundError) else "no readable video"
         raise BadVideo(path, f"{what} ({type(error).__name__})") from error
@@ -434,8 +411,7 @@ def open_video(path, source=None, **options):
 
 class VideoIndex(NamedTuple):
     """pts: sorted timestamps (N,), or None where they cannot be trusted; keys: positions of the
-    keyframes; count: N; unfit: why read_compressed cannot follow the vectors, as far as packets
-    tell, or ""."""
+    keyframes; count: N; unfit: why read_compressed cannot follow the vectors, if packets tell."""
     pts: np.ndarray | None
     keys: np.ndarray
     count: int
@@ -444,10 +420,9 @@ class VideoIndex(NamedTuple):
 
 @functools.lru_cache(maxsize=100_000)
 def video_index(path):
-    """Timestamps and keyframes of a file, from the packets that are there. -> VideoIndex
-
-    Declared numbers are not used: pipes, edit lists and damaged headers make them wrong. Raises
-    BadVideo, also for a file that ends within a packet."""
+    """Timestamps and keyframes of a file, from the packets that are there -> VideoIndex. Declared
+    numbers are not used: pipes, edit lists and damaged headers make them wrong. Raises BadVideo,
+    also for a file that ends within a packet."""
     pts, keys, kinds, cut = [], [], [], False
     with open_video(path) as (container, stream):
         form, codec = container.format.name, stream.codec_context.codec.canonical_name
@@ -459,10 +434,9 @@ def video_index(path):
             kinds += [code[0] >> 6 for code in VOP.findall(bytes(packet))]
             cut = packet.is_corrupt
         reorders, count = stream.codec_context.has_b_frames, len(pts)
-    if not pts:
-        raise BadVideo(path, "the video stream holds no frame")
-    if cut:
-        raise BadVideo(path, "it was cut off: its last packet is incomplete")
+    if cut or not pts:
+        raise BadVideo(path, "it was cut off: its last packet is incomplete" if cut else
+                       "the video stream holds no frame")
     unfit = f"its codec is {codec}, not MPEG-4 part 2"
     if codec == "mpeg4":
         unfit = "it has B-frames" if 2 in kinds else \
@@ -483,10 +457,10 @@ def decode(path, indices, seek=True, export=None):
     """Decode what `indices` need, in one pass -> yields (position, frame), in order, of each frame
     that is decoded.
 
-    Seeks only where a keyframe lies between the last decoded frame and the next of `indices`.
-    seek=False: from the start. export: have motion vectors exported, with these options of the
-    decoder. Raises BadVideo, also where decoding cannot start at a keyframe."""
-    index, at, frame, frames = video_index(str(path)), -1, None, None
+    Seeks (unless seek=False) where a keyframe lies between the last decoded frame and the next of
+    `indices`. export: options of the decoder, which has to export motion vectors. Raises BadVideo,
+    also where decoding cannot start at a keyframe and where the frame size changes."""
+    index, at, size, frame, frames = video_index(str(path)), -1, None, None, None
     if not 0 <= min(indices) <= max(indices) < index.count:
         raise BadVideo(path, f"it has {index.count} frames, none for all of {list(indices)}")
     with open_video(path) as (container, stream):
@@ -494,7 +468,7 @@ def decode(path, indices, seek=True, export=None):
             stream.codec_context.flags2 |= Flags2.export_mvs  # before anything is decoded
             stream.codec_context.options = export
         for i in sorted(set(map(int, indices))):
-            key = int(index.keys[bisect_right(index.keys, i) - 1]) if seek else 0
+            key = int(index.keys[np.searchsorted(index.keys, i, "right") - 1]) if seek else 0
             if frames is None or key > at + 1:
                 if key:
                     container.seek(int(index.pts[key]), stream=stream)
@@ -503,7 +477,10 @@ def decode(path, indices, seek=True, export=None):
                 at, frame = found
                 if start and (at > start or frame.pict_type not in (0, PictureType.I)):
                     raise BadVideo(path, f"decoding cannot start at frame {start}")
-                start = 0
+                start, size = 0, size or (frame.width, frame.height)
+                if size != (frame.width, frame.height):
+                    raise BadVideo(path, f"the frame size changes from {size[0]} x {size[1]} to "
+                                         f"{frame.width} x {frame.height}")
                 yield at, frame
             if at < i and (start or not index.count - 3 <= at > -1):
                 raise BadVideo(path, f"{index.count} frames are in it, but decoding ends after "
@@ -516,10 +493,9 @@ def decode(path, indices, seek=True, export=None):
 
 
 def _numbered(container, stream, index, at):
-    """Yields (position, frame) of what follows position `at`. Trusted timestamps tell positions,
-    else the frames are counted as they come out."""
+    """Yields (position, frame) of what follows position `at`: by trusted timestamps, else counted."""
     for pts, frame in _pictures(container, stream):
-        new = at + 1 if index.pts is None or pts is None else bisect_left(index.pts, pts)
+        new = at + 1 if index.pts is None or pts is None else int(np.searchsorted(index.pts, pts))
         if new > at:
             at = new
             yield at, frame
@@ -536,16 +512,14 @@ def _pictures(container, stream):
         for frame in frames:
             before = frame
             yield frame.pts, frame
-        if again and before:
-            late = stream.codec_context.has_b_frames  # the picture before comes with the next one
-            if frames or not late or not packet.size:
-                yield from [(pts, before) for pts in again]
-                again = []
+        late = stream.codec_context.has_b_frames  # the picture before comes with the next one
+        if again and before and (frames or not late or not packet.size):
+            yield from [(pts, before) for pts in again]
+            again = []
 
 
 def either_way(read):
-    """read(seek=True), or where that fails read(seek=False): not every keyframe is a place to
-    start, nor every index right."""
+    """read(seek=True), or where that fails read(False): not every keyframe is a place to start."""
     try:
         return read(True)
     except BadVideo:
@@ -566,22 +540,15 @@ def read_frames(path, indices, side=None):
     """Decode the frames at `indices` (any order, repeats allowed) -> uint8 (T, 3, H, W).
 
     side: the shorter side in pixels, resized (bicubic) while converting to RGB; None keeps the
-    size. Rotation flags are honoured. Raises BadVideo, also where the frame size changes.
-    """
+    size. Rotation flags are honoured. Raises BadVideo."""
     def read(seek):
-        converter, pictures, size = VideoReformatter(), {}, None
-        for at, frame in decode(path, indices, seek):
-            if at in wanted:
-                size = size or (frame.width, frame.height)
-                if size != (frame.width, frame.height):
-                    raise BadVideo(path, f"the frame size changes from {size[0]} x {size[1]} to "
-                                         f"{frame.width} x {frame.height}")
-                pictures[at] = to_picture(frame, side, converter)
-        rows = torch.stack([pictures[int(i)].permute(1, 2, 0) for i in indices])  # as they lie
-        return rows.permute(0, 3, 1, 2)
+        converter, frames = VideoReformatter(), decode(path, indices, seek)
+        return {at: to_picture(frame, side, converter) for at, frame in frames if at in wanted}
 
     wanted = set(map(int, indices))
-    return either_way(read)
+    pictures = either_way(read)
+    rows = torch.stack([pictures[int(i)].permute(1, 2, 0) for i in indices])  # as they lie
+    return rows.permute(0, 3, 1, 2)
 
 
 def read_stream(source):
@@ -618,10 +585,10 @@ def read_stream(source):
 # MPEG-4 part 2 stores a P-frame t as vectors, one per block of 8 or 16 pixels, and a remainder.
 # Traced back through the P-frames to the I-frame of its group of pictures (GOP), vector by vector,
 #     A_t(p) = A_{t-1}(p - v_t(p)),  A_0(p) = p,  MV_t(p) = p - A_t(p),  R_t(p) = F_t(p) - I(A_t(p))
-# after CoViAR (Wu et al., CVPR 2018), but: vectors keep their quarters of a pixel, where CoViAR
-# truncates them; a track that leaves the picture continues from its border, as decoders do, where
-# CoViAR leaves that pixel unmoved; I is sampled bilinearly. As there, a block without a vector
-# (intra coded) counts as still: the residual holds its content. Other codecs are re-encoded.
+# after CoViAR (Wu et al., CVPR 2018), but: vectors keep their quarters of a pixel; a track that
+# leaves the picture continues from its border, as in decoders (CoViAR does not move that pixel); I
+# is sampled bilinearly. A block without a vector (intra coded) counts as still: the residual holds
+# its content. Other codecs are re-encoded.
 
 VECTORS = np.dtype({  # FFmpeg's AVMotionVector; (dst_x, dst_y) is the centre of the block
     "names": ["w", "h", "src_x", "src_y", "dst_x", "dst_y", "x", "y", "scale"],
@@ -630,8 +597,7 @@ VECTORS = np.dtype({  # FFmpeg's AVMotionVector; (dst_x, dst_y) is the centre of
 
 
 def p_frames(path):
-    """Positions of the frames that have motion -> (P,): all but I-frames; all frames of a file that
-    has no others. Raises BadVideo."""
+    """Positions of the frames that have motion -> (P,): all but I-frames, if there are others."""
     index = video_index(str(path))
     found = np.setdiff1d(np.arange(index.count), index.keys)
     return found if len(found) else np.arange(index.count)
@@ -657,21 +623,16 @@ def read_compressed(path, indices, pictures=True, whole=False, step=4):
 
     pictures=False: motion alone; the decoder skips what only pictures need. whole: truncate vectors
     to whole pixels as CoViAR does. step: trace every step-th pixel, from the middle of a step x
-    step block. Raises BadVideo as read_frames does, for what VideoIndex.unfit names,
-    for interlaced and rotated frames: re-encode these.
-    """
+    step block. Raises BadVideo as read_frames does, for what VideoIndex.unfit names, for interlaced
+    and rotated frames: re-encode these."""
     if reason := video_index(str(path)).unfit:
         raise BadVideo(path, f"{reason}: re-encode it")
     export = {} if pictures else {"skip_idct": "all", "skip_loop_filter": "all"}
     wanted = set(map(int, indices))
 
     def read(seek):
-        found, vectors, size, intra, before = {}, [], None, None, None
+        found, vectors, intra, before = {}, [], None, None
         for at, frame in decode(path, indices, seek, export):
-            size = size or (frame.height, frame.width)
-            if size != (frame.height, frame.width):
-                raise BadVideo(path, f"the frame size changes from {size[1]} x {size[0]} to "
-                                     f"{frame.width} x {frame.height}")
             if frame.rotation or frame.interlaced_frame:
                 what = "rotated" if frame.rotation else "interlaced"
                 raise BadVideo(path, f"a frame in it is {what}: re-encode it")
@@ -684,11 +645,10 @@ def read_compressed(path, indices, pictures=True, whole=False, step=4):
                 vectors.append(b"" if held is None else bytes(held))
             before = frame
             if at in wanted:
-                found[at] = [_trace(vectors, *size, whole, step)]
-                if pictures:
-                    found[at] += [f.reformat(format="rgb24", threads=1).to_ndarray()
-                                  for f in (intra, frame)]
-        return found, size
+                shown = [intra, frame] if pictures else []
+                found[at] = [_trace(vectors, frame.height, frame.width, whole, step)]
+                found[at] += [f.reformat(format="rgb24", threads=1).to_ndarray() for f in shown]
+        return found, (frame.height, frame.width)
 
     found, size = either_way(read)
     motion, *rgb = (torch.from_numpy(np.stack(part)) for part in
@@ -774,12 +734,9 @@ def coded_copy(path, folder):
     out = Path(folder) / Path(path).parent.name / f"{Path(path).stem}-{number:08x}.mp4"
     if not out.exists() or out.stat().st_mtime < os.path.getmtime(path):
         out.parent.mkdir(parents=True, exist_ok=True)
-        part = out.with_name(f"{out.name}.part-{os.getpid()}")
-        try:
-            reencode(path, part)
-            part.rename(out)
-        finally:
-            part.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent) as part:
+            reencode(path, Path(part) / out.name)
+            (Path(part) / out.name).rename(out)
     return str(out)
 
 
@@ -791,7 +748,7 @@ def coded_copy(path, folder):
 class Sample(NamedTuple):
     """video: uint8 (V*T, 3, H, W) or Coded; label: class index; key: (epoch, index); bad: [(path,
     reason)] of clips that failed. A batch is a Sample of lists: clips differ in shape."""
-    video: torch.Tensor | Coded | None
+    video: torch.Tensor | Coded
     label: int
     key: tuple
     bad: list
@@ -802,9 +759,8 @@ class Clips(torch.utils.data.Dataset):
 
     clips: list of (path, class index). frames: T or S. side: shorter side in pixels. sampling:
     `tsn`; `dense`, with `views` windows at test; or `coded`, a P-frame of each of S segments, of
-    copies in the folder `copies` where that is given (see coded_copy). train: random frames. A clip
-    that cannot be decoded is replaced by another one in training; in testing it is black and has
-    label -1, and so counts as wrong."""
+    coded_copy in the folder `copies` if given. train: random frames, and another clip in place of
+    one that cannot be decoded; in testing it is black, has label -1 and so counts as wrong."""
 
     def __init__(self, clips, frames, side=None, sampling="tsn", views=1, train=False, seed=0,
                  copies=None):
@@ -825,10 +781,8 @@ class Clips(torch.utils.data.Dataset):
                 return Sample(self.read(path, rng if self.train else None), label, (epoch, i), bad)
             except BadVideo as error:
                 bad.append((error.path, error.reason))
-            if not self.train:
+            if not self.train or len(bad) > 20:
                 return Sample(self.black(), -1, (epoch, i), bad)
-            if len(bad) > 20:
-                return Sample(None, label, (epoch, i), bad)
             i = int(rng.integers(len(self.clips)))
 
     def read(self, path, rng):
@@ -846,9 +800,8 @@ class Clips(torch.utils.data.Dataset):
     def black(self):
         side, T = self.side or 32, self.frames * self.views
         video = torch.zeros(T, 3, side, side, dtype=torch.uint8)
-        if self.sampling == "coded":
-            return Coded(video, video, torch.zeros(T, 2, 8, 8, dtype=torch.int16), (side, side))
-        return video
+        motion = torch.zeros(T, 2, side // 4, side // 4, dtype=torch.int16)
+        return Coded(video, video, motion, (side, side)) if self.sampling == "coded" else video
 
 
 class ClipOrder(torch.utils.data.Sampler):
@@ -866,9 +819,9 @@ class ClipOrder(torch.utils.data.Sampler):
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(self.count) if self.train else np.arange(self.count)
         for start in range(0, len(self) * self.batch, self.batch):
-            mine = order[start:start + self.batch][self.rank::self.world]
-            if len(mine):
-                yield [(self.epoch, int(i)) for i in mine]
+            mine = order[start:start + self.batch][self.rank::self.world].tolist()
+            if mine:
+                yield [(self.epoch, i) for i in mine]
 
 
 def _collate(samples):
@@ -880,15 +833,14 @@ class ClipLoader(torch.utils.data.DataLoader):
     processes together. Clips that cannot be decoded go into `bad`, {path: reason}, and are named
     once on stderr. Raises BadInput when they are more than ten and more than 1 % of the clips."""
 
-    def __init__(self, clips, batch, workers=0, rank=None, world=None, bad=None):
+    def __init__(self, clips, batch, workers=0, rank=0, world=None, bad=None):
         if world is None:
-            alone = not dist.is_initialized()
-            rank, world = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
+            live = dist.is_initialized()
+            rank, world = (dist.get_rank(), dist.get_world_size()) if live else (0, 1)
         if clips.train:
             batch = min(batch, len(clips)) // world * world
         if not batch:
-            raise BadInput(f"--batch-size and {len(clips)} training clips: too few for {world} "
-                           f"processes")
+            raise BadInput(f"{len(clips)} training clips: too few for {world} processes")
         self.order = ClipOrder(len(clips), batch, clips.train, clips.seed, rank, world)
         self.bad, self.lost = {} if bad is None else bad, set()  # of several loaders, of this one
         super().__init__(clips, batch_sampler=self.order, num_workers=workers,
@@ -902,11 +854,10 @@ class ClipLoader(torch.utils.data.DataLoader):
                     print(f"cannot decode {path}: {reason}", file=sys.stderr)
                 self.bad[path] = reason
                 self.lost.add(path)
-            stuck = any(video is None for video in batch.video)
+            stuck = self.dataset.train and -1 in batch.label
             if stuck or len(self.lost) > max(10, .01 * len(self.dataset)):
-                raise BadInput(f"{len(self.lost)} of {len(self.dataset)} clips cannot be decoded, "
-                               f"the last one {list(self.bad)[-1]}; mend them or take them off the "
-                               f"list")
+                raise BadInput(f"{len(self.lost)} of {len(self.dataset)} clips cannot be decoded, the "
+                               f"last one {list(self.bad)[-1]}; take them off the list")
             yield batch
 
 
@@ -928,9 +879,8 @@ def augment(video, size, rng, may_flip, scales=(1, .875, .75, .66)):
     """Training view of one clip as in ActionCLIP, but drawn once for all its frames: flicker is not
     in the video. uint8 (T, 3, H, W) -> float (T, 3, size, size) in 0..1
 
-    A crop whose height and width are `scales` times the shorter side, resized bilinearly; flip
-    p .5; colour jitter p .8 (.4, .4, .2, .1); grey p .2. rng: numpy generator.
-    """
+    A crop whose sides are `scales` times the shorter side of the clip, resized bilinearly; flip
+    p .5; colour jitter p .8 (.4, .4, .2, .1); grey p .2. rng: numpy generator."""
     H, W = video.shape[-2:]
     first = int(rng.integers(len(scales)))  # the other side is at most one step away
     second = int(np.clip(first + rng.integers(-1, 2), 0, len(scales) - 1))
@@ -964,26 +914,24 @@ def compressed_view(clips, size, rngs=None, mirror=None, scales=(1, .875, .75)):
     size), pixels / 40, clamped to +-.5; "r": (B, S, 3, size, size), -1..1; "i": the same, 0..1}
 
     rngs, a numpy generator per clip, and mirror, a bool per clip: training, a square of `scales`
-    times the shorter side, anywhere; flip p .5, which negates mv's x. Without: the middle square.
-    """
+    times the shorter side anywhere, flip p .5 (negates mv's x). Without: the middle square."""
     out = []
     for n, coded in enumerate(clips):
         mv, *pictures = modalities(coded)
         video = torch.cat([(mv / 40).clamp(-.5, .5), *(part / 255 for part in pictures)], 1)
-        H, W = coded.size
-        side = min(H, W)
-        top, left = (H - side) // 2, (W - side) // 2
+        side = min(coded.size)
+        top, left = ((edge - side) // 2 for edge in coded.size)
         if rngs:
             side = max(1, int(side * rngs[n].choice(scales)))
-            top, left = int(rngs[n].integers(H - side + 1)), int(rngs[n].integers(W - side + 1))
+            top, left = (int(rngs[n].integers(edge - side + 1)) for edge in coded.size)
         video = TF.resized_crop(video, top, left, side, side, [size, size], antialias=True)
         if rngs and rngs[n].random() < .5 and mirror[n]:
             video = video.flip(-1)
             video[:, 0] = -video[:, 0]
         out.append(video)
     parts = torch.stack(out).tensor_split((2, 5), 2)
-    return {name: part.contiguous() for name, part in zip(("mv", "r", "i"), parts, strict=True)
-            if part.numel()}
+    names = ("mv", "r", "i") if pictures else ("mv",)
+    return {name: part.contiguous() for name, part in zip(names, parts, strict=False)}
 
 
 def contact_sheet(clips, lines, frames, path):
@@ -993,10 +941,9 @@ def contact_sheet(clips, lines, frames, path):
     for i in known[::max(1, len(known) // 8)][:8]:
         video = centre_crop([Clips(clips, frames, 128)[0, i].video], 128)[0]
         row = F.pad(torchvision.utils.make_grid(video, frames).mul(255).byte(), (2, 2, 14, 2))
-        box = torch.tensor([[1, 1, row.shape[2] - 2, row.shape[1] - 2]])
-        words, good = lines[i]
-        rows.append(torchvision.utils.draw_bounding_boxes(row, box, [words],
-                                                          "lime" if good else "red"))
+        box, (words, good) = torch.tensor([[1, 1, row.shape[2] - 2, row.shape[1] - 2]]), lines[i]
+        colour = "lime" if good else "red"
+        rows.append(torchvision.utils.draw_bounding_boxes(row, box, [words], colour))
     if rows:
         torchvision.io.write_png(torch.cat(rows, 1), str(path))
 
@@ -1025,11 +972,10 @@ CLIPS = {  # as open_clip.get_model_config gives them; the first six are wkcn/Ti
 def build_clip(spec, cache="runs/cache"):
     """Build a CLIP from NAME[:WEIGHTS] -> (clip, tokenizer, what read_weights found or {}).
 
-    NAME: one of CLIPS, or of open_clip's with two plain towers (ViT-B-32, RN50, ...). WEIGHTS: a
-    tag of open_clip's (`openai`, ...), a file that read_weights knows, or `random`. Without it
-    the toy CLIPs come pre-trained from the cache; any other is random, and stderr says so. The
-    activation goes with the weights (QuickGELU for OpenAI's, GELU for TinyCLIP's and LAION-2B's;
-    mixing them loads without a word and costs accuracy) or, for a bare file, with NAME
+    NAME: one of CLIPS, or of open_clip's with two plain towers. WEIGHTS: a tag of open_clip's, a
+    file that read_weights knows, or `random`; without it, toy CLIPs come pre-trained and others
+    are random. The activation goes with the weights (OpenAI's: QuickGELU, TinyCLIP's and LAION's:
+    GELU; mixing them loads without a word and costs accuracy), of a bare file with NAME
     (ViT-B-32-quickgelu). Raises BadInput."""
     name, _, weights = spec.partition(":")
     config = CLIPS.get(name) or open_clip.get_model_config(name) or {}
@@ -1047,26 +993,22 @@ def build_clip(spec, cache="runs/cache"):
         tag = open_clip.get_pretrained_cfg(name, weights)
         if not tag:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-            raise BadInput(f"{spec}: {weights} is no file and no tag of {name}, which has {tags}. "
-                           f"TinyCLIP's files are released at github wkcn/TinyCLIP-model-zoo, on "
-                           f"the page `checkpoints`")
+            raise BadInput(f"{spec}: no such file, nor a tag of {name}, which has {tags}; TinyCLIP's "
+                           f"files are in github's wkcn/TinyCLIP-model-zoo")
         try:
             path = open_clip.download_pretrained(tag)
         except Exception as error:
-            raise BadInput(f"{spec}: no download ({type(error).__name__}); put the file here by "
-                           f"other means and say {name}:FILE, or {name}-quickgelu:FILE if these "
-                           f"are OpenAI's weights") from error
+            raise BadInput(f"{spec}: no download ({type(error).__name__}); fetch the file otherwise "
+                           f"and say {name}:FILE, of OpenAI {name}-quickgelu:FILE") from error
     saved = read_weights(path) if path else {}
     quick_gelu = saved.get("quick_gelu", tag.get("quick_gelu", config.get("quick_gelu", False)))
-    D, vision, text = (config[key] for key in ("embed_dim", "vision_cfg", "text_cfg"))
-    clip = open_clip.CLIP(D, vision, text, quick_gelu)
+    clip = open_clip.CLIP(**{**config, "quick_gelu": quick_gelu})
     clip.quick_gelu = quick_gelu
     clip.visual.image_mean = tag.get("mean", open_clip.OPENAI_DATASET_MEAN)
     clip.visual.image_std = tag.get("std", open_clip.OPENAI_DATASET_STD)
     if path:
         load_strictly(clip, open_clip.convert.convert_state_dict(clip, saved["clip"]), path, name)
-    tokenizer = open_clip.SimpleTokenizer(context_length=text["context_length"])
-    return clip, tokenizer, saved
+    return clip, open_clip.SimpleTokenizer(context_length=clip.context_length), saved
 
 
 def read_weights(path):
@@ -1081,14 +1023,15 @@ def read_weights(path):
         try:
             state = open_clip.factory.load_state_dict(str(path))
         except RuntimeError:
-            state = torch.jit.load(path, map_location="cpu").state_dict()
-            more = {"quick_gelu": True}
+            state, more = torch.jit.load(path, "cpu").state_dict(), {"quick_gelu": True}
             for key in ("input_resolution", "context_length", "vocab_size"):
                 state.pop(key, None)
         if "model_state_dict" in state:
-            about = {key: value for key, value in state.items() if "state" not in key}
-            more = {"quick_gelu": True, **about, "fusion": _bare(state["fusion_model_state_dict"])}
-            state = _bare(state["model_state_dict"])
+            more = {key: value for key, value in state.items() if "state" not in key}
+            more = {"quick_gelu": True, **more, "fusion": state["fusion_model_state_dict"]}
+            state = state["model_state_dict"]
+            for part in (state, more["fusion"]):
+                nn.modules.utils.consume_prefix_in_state_dict_if_present(part, "module.")
         if not all(isinstance(value, torch.Tensor) for value in state.values()):
             raise TypeError("other things than tensors in it")
     except FileNotFoundError:
@@ -1099,17 +1042,13 @@ def read_weights(path):
     return {"clip": state, **more}
 
 
-def _bare(state):
-    return {key.removeprefix("module."): value for key, value in state.items()}
-
-
 def load_strictly(module, state, path, name):
     """module.load_state_dict(state); where the two do not fit, BadInput says in what."""
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        wrong = [line.strip() for line in str(error).splitlines()[1:]]
-        raise BadInput(f"{path} does not fit {name}: {wrong[0][:300]}") from error
+        wrong = str(error).splitlines()[1].strip()
+        raise BadInput(f"{path} does not fit {name}: {wrong[:300]}") from error
 
 
 def _train_toy_clip(name, path, steps=300, batch=128):
@@ -1152,14 +1091,12 @@ class FusionHead(nn.Module):
 
         z = transformer(f + p), p of T positions, 6 pre-LN blocks, no mask;  mean_t(z_t + f_t)
 
-    Names, shapes and the init of .02 are those of the official checkpoints. Next to frame
-    embeddings that are not normalised, positions of that size are nearly nothing: from there the
-    head sees the axis of a motion long before its direction, at half of the accuracy. The toy
-    CLIPs, narrow and soon trained, start from larger values.
+    Names, shapes and the init of .02 are those of the official checkpoints. Beside embeddings that
+    are not normalised, such positions are nearly nothing: the head sees the axis of a motion long
+    before its direction. The toy CLIPs, soon trained, start from larger ones.
 
-    token: a learned token with a position of its own stands before the frames, and what is deployed
-    is one vector of two read-outs: read() and one_vector() are equations (3) and (8) of
-    deit_video.py, and stand here since every script can load such a head."""
+    token: a learned token with a position of its own stands before the frames. read() and
+    one_vector() are eqs. (3) and (8) of deit_video.py, here since all scripts load such heads."""
 
     def __init__(self, width, heads, layers=6, std=.02, position_std=.02, token=False):
         super().__init__()
@@ -1183,13 +1120,10 @@ class FusionHead(nn.Module):
         return torch.cat([(self.token + self.token_position).expand(B, 1, D), x], 1)
 
     def read(self, f):
-        """Both read-outs, eq. (3). f (B, T, D) -> h_token (B, D), or None without a token, and
-        h_frame (B, D)"""
+        """f (B, T, D) -> h_token (B, D), None without a token, and h_frame (B, D), eq. (3)"""
         z = self.transformer(self.sequence(f))                  # (B, T, D) or (B, 1 + T, D)
-        h_frame = (z[:, -f.shape[1]:] + f).mean(1)              # (B, D)                        (3)
-        if self.token is None:
-            return None, h_frame
-        return z[:, 0] + f.mean(1), h_frame                     # (B, D)                        (3)
+        h_token = None if self.token is None else z[:, 0] + f.mean(1)           # (B, D)        (3)
+        return h_token, (z[:, -f.shape[1]:] + f).mean(1)                        # (B, D)        (3)
 
     def forward(self, f):
         h_token, h_frame = self.read(f)
@@ -1223,9 +1157,10 @@ class ActionCLIP(nn.Module):
         for key, value in (("mean", clip.visual.image_mean), ("std", clip.visual.image_std)):
             self.register_buffer(key, torch.tensor(value).view(3, 1, 1), persistent=False)
         heads = max(1, clip.ln_final.weight.numel() // 64)  # one per 64 of the text tower's width
-        std, position_std = (.1, .5) if name.startswith("toy-") else (.02, .02)
-        self.fusion = FusionHead(self.width, heads, fusion_layers, std, position_std, token) \
-            if fusion_layers else MeanHead()
+        stds = (.1, .5) if name.startswith("toy-") else (.02, .02)
+        self.fusion = MeanHead()
+        if fusion_layers:
+            self.fusion = FusionHead(self.width, heads, fusion_layers, *stds, token)
 
     def encode_frames(self, video):
         """(B, T, 3, S, S) in 0..1 -> (B, T, D)"""
@@ -1243,8 +1178,7 @@ class ActionCLIP(nn.Module):
 
     def prompts(self, classes, templates=PROMPTS):
         """K class names -> token ids (P, K, L), template-major, P = 16 templates"""
-        tokens = [self.tokenizer([template.format(name) for name in classes])
-                  for template in templates]
+        tokens = [self.tokenizer(list(map(template.format, classes))) for template in templates]
         return torch.stack(tokens).to(self.mean.device)
 
     @torch.no_grad()
@@ -1261,15 +1195,13 @@ class ActionCLIP(nn.Module):
         counted = [w for name, w in self.named_parameters() if "token_embedding" not in name]
         return sum(w.numel() for w in counted) / 1e6
 
-    @torch.no_grad()
+    @torch.enable_grad()  # else PyTorch fuses layers, into which the counter does not see
     def gmac(self, frames):
         """Multiply-accumulates to embed a clip of T frames, in 1e9"""
-        video = torch.rand(1, frames, 3, self.size, self.size, device=self.mean.device)
-        fused = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into fused layers
+        shape = 1, frames, 3, self.size, self.size
+        video = torch.rand(shape, device=self.mean.device, requires_grad=True)
         with FlopCounterMode(display=False) as counter:
             self.eval().encode_video(video)
-        torch.backends.mha.set_fastpath_enabled(fused)
         return counter.get_total_flops() / 2e9
 
     def about(self, frames):
@@ -1280,8 +1212,7 @@ class ActionCLIP(nn.Module):
 def build_action_clip(spec, fusion_layers=6, cache="runs/cache", token=False, checkpoint=None):
     """ActionCLIP on the backbone NAME[:WEIGHTS] (see build_clip); fusion_layers=0: MeanHead. An
     ActionCLIP checkpoint as WEIGHTS brings its fusion head, with the token if it has one.
-    checkpoint: such a file; ours name their own backbone and frames, others are of spec's. Raises
-    BadInput."""
+    checkpoint: such a file; ours name their own backbone and frames. Raises BadInput."""
     if checkpoint:
         saved = read_weights(checkpoint)
         if "fusion" not in saved:
@@ -1341,14 +1272,16 @@ class SpatialHeads(nn.Module):
 # ---- exit networks -------------------------------------------------------------------------------
 
 
+IMAGENET = (.485, .456, .406), (.229, .224, .225)  # mean and std of its pixels
+
+
 def _toy_resnet():
     """ResNet with a block a stage and an eighth of ResNet-18's width."""
-    block = torchvision.models.resnet.BasicBlock
-    net = torchvision.models.ResNet(block, [1, 1, 1, 1])
+    net = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1])
     net.conv1, net.bn1 = nn.Conv2d(3, 16, 7, 2, 3, bias=False), nn.BatchNorm2d(16)
     net.inplanes = 16
     for i in range(4):
-        setattr(net, f"layer{i + 1}", net._make_layer(block, 16 * 2 ** i, 1, stride=1 + (i > 0)))
+        setattr(net, f"layer{i + 1}", net._make_layer(BasicBlock, 16 * 2 ** i, 1, 1 + (i > 0)))
     net.fc = nn.Linear(128, 1)
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
@@ -1368,32 +1301,29 @@ class ExitNet(nn.Module):
         super().__init__()
         models = torchvision.models
         known = [n for n in models.list_models(models) if re.match(r"(wide_)?resne(t|xt)\d", n)]
-        if name not in [*known, *([] if imagenet else ["toy"])]:
+        if name not in known and (imagenet or name != "toy"):
             raise BadInput(f"network {name}: there are {', '.join(known)} and, without ImageNet's "
                            f"weights, toy")
+        weights = models.get_model_weights(name).DEFAULT if imagenet else None
         try:
-            net = _toy_resnet() if name == "toy" else models.get_model(
-                name, weights="DEFAULT" if imagenet else None)
+            net = _toy_resnet() if name == "toy" else models.get_model(name, weights=weights)
         except OSError as error:  # no network
-            url = models.get_model_weights(name).DEFAULT.url
-            raise BadInput(f"{name}: cannot fetch its weights ({error}); put {url} into "
+            raise BadInput(f"{name}: cannot fetch its weights ({error}); put {weights.url} into "
                            f"{torch.hub.get_dir()}/checkpoints") from error
         self.modality, self.name = modality, name
         self.input = nn.BatchNorm2d(2 if modality == "mv" else 3) if modality != "i" else None
         if modality == "mv":
             net.conv1 = nn.Conv2d(2, net.conv1.out_channels, 7, 2, 3, bias=False)
             nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
-        net.fc = nn.Linear(net.fc.in_features, classes)
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         self.layers = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
-        self.fc = net.fc
+        self.fc = nn.Linear(net.fc.in_features, classes)
 
     def stages(self, x):
         """x (B, S, C, H, W) of compressed_view -> yields the feature maps behind layer1 to 4, each
         (B*S, c, h, w); a caller who stops early spares the rest."""
         x = x.flatten(0, 1)
-        x = self.input(x) if self.input else TF.normalize(x, (.485, .456, .406),
-                                                          (.229, .224, .225))
+        x = self.input(x) if self.input else TF.normalize(x, *IMAGENET)
         x = self.stem(x)
         for layer in self.layers:
             x = layer(x)
@@ -1420,11 +1350,9 @@ class ExitHead(nn.Sequential):
                          nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * out, classes))
 
     def forward(self, f, S):
-        conv, norm, *linear = self
+        conv, norm, pool, flat, linear = self
         f = norm(conv(f)).unflatten(0, (-1, S)).mean(1)                         # (B, c, h, w)
-        for layer in linear:
-            f = layer(f)
-        return f
+        return linear(flat(pool(f)))
 
 
 def exit_heads(net, classes):
@@ -1432,13 +1360,11 @@ def exit_heads(net, classes):
     blocks (ResNet-18) c to c, kernels 7, 3, 3; of bottlenecks (ResNet-50) 256 to 64, 512 to 256,
     1024 to 1024, kernels 3."""
     heads = nn.ModuleList()
-    for k, layer in enumerate(net.layers[:3]):
-        if hasattr(layer[-1], "conv3"):
-            width = layer[-1].conv3.out_channels
-            heads.append(ExitHead(width, width // (4, 2, 1)[k], 3, classes))
-        else:
-            width = layer[-1].conv2.out_channels
-            heads.append(ExitHead(width, width, (7, 3, 3)[k], classes))
+    for k in range(3):
+        width = net.layers[k + 1][0].conv1.in_channels
+        basic = isinstance(net.layers[k][0], BasicBlock)
+        out, kernel = (width, (7, 3, 3)[k]) if basic else (width // (4, 2, 1)[k], 3)
+        heads.append(ExitHead(width, out, kernel, classes))
     return heads
 
 
