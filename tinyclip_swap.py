@@ -7,8 +7,8 @@ ActionCLIP (Wang, Xing, Liu 2021, arXiv 2109.08472) and TinyCLIP (Wu et al., ICC
 ActionCLIP encodes T frames with CLIP's image tower, fuses them with a small transformer and
 compares the result with the embedding of a sentence, "a video of <action>". Nearly all of its cost
 is the image tower. TinyCLIP is CLIP distilled into a smaller CLIP, on 15 or 400 million images with
-captions: two towers and a joint space, as before. So put the small towers in place of the large
-ones and fine-tune on actions as usual. Here both are trained alike, tested on all clips, measured.
+captions. So put its towers in place of the large ones and fine-tune on actions as usual. Here both
+are trained alike, tested on all clips and measured.
 
 B clips with labels y, video embeddings v and text embeddings t, (B, D); x^ = x / |x|; s is the
 learned scale exp(logit_scale); _s is the small model, _t the large one.
@@ -113,9 +113,9 @@ def gather(x):
         return x
     parts = [torch.empty_like(x) for _ in range(WORLD)]
     dist.all_gather(parts, x.detach().contiguous())
-    parts[RANK] = x  # gradients reach this process's own part, ...
-    if x.requires_grad:
-        x.register_hook(lambda gradient: WORLD * gradient)  # ... and DDP divides them by W
+    parts[RANK] = own = x.view_as(x)  # gradients reach this process's own part, ...
+    if x.requires_grad:  # own: other uses of x keep their gradients
+        own.register_hook(lambda gradient: WORLD * gradient)  # ... and DDP divides them by W
     return torch.cat(parts)
 
 
@@ -251,18 +251,18 @@ def milliseconds(function):
 
 
 def measure(model, data, args):
-    """What a clip costs, texts cached: parameters in millions, GMAC, ms without and with decoding,
-    clips/s of a batch"""
+    """What a clip costs, its texts cached: millions of parameters, GMAC, ms without and with
+    decoding; and clips/s of a batch"""
     text, T = model.embed_classes(data.classes), args.frames * args.views
     clips = common.Clips(data.test, args.frames, model.side, args.sampling, args.views)
     many = torch.randint(256, (32 if GPU else 4, T, 3, model.size, model.size)).byte()
-    size = model.millions()
-    return {"M": size, "GMAC": model.gmac(args.frames) * args.views,
-            "ms": milliseconds(lambda: classify(model, many[:1], text, args.views).cpu()),
-            "+decode": milliseconds(lambda: classify(model, [clips[0, 0].video], text,
-                                                     args.views).cpu()),
-            "clips/s": 1e3 * len(many) / milliseconds(lambda: classify(model, many, text,
-                                                                       args.views).cpu())}
+
+    def spent(videos):
+        return milliseconds(lambda: classify(model, videos(), text, args.views).cpu())
+
+    return {"M": model.millions(), "GMAC": model.gmac(args.frames) * args.views,
+            "ms": spent(lambda: many[:1]), "+decode": spent(lambda: [clips[0, 0].video]),
+            "clips/s": 1e3 * len(many) / spent(lambda: many)}
 
 
 def table(rows):
@@ -432,31 +432,28 @@ def parse(argv=None):
         parser.error("--frames takes 1 to 77; --views, --epochs and --batch-size 1 or more")
     if args.fps <= 0 or (args.watch and len(args.labels) < 2):
         parser.error('--fps takes more than 0, --watch --labels: --labels "waving, running"')
-    film = Path(args.save or "film.mp4")
-    if film.suffix not in (".mp4", ".mkv", ".mov") or not film.resolve().parent.is_dir() or \
-            (args.save and film.resolve() == Path(args.watch or "-").resolve()):
-        parser.error("--save takes an .mp4, .mkv or .mov in a folder that is there, not the file "
-                     "that is watched")
+    film = Path(args.save or "film.mp4").resolve()
+    if film.suffix not in (".mp4", ".mkv", ".mov") or not film.parent.is_dir() or \
+            (args.save and film == Path(args.watch or "-").resolve()):
+        parser.error("--save takes an .mp4, .mkv or .mov in some folder, not the file watched")
     return args
 
 
 def build_arms(args, cache):
     """-> {name of the arm: ActionCLIP}; with --checkpoint it alone"""
-    specs = {"large": args.large, "small": args.small}
+    specs, models = {"large": args.large, "small": args.small}, {}
     if args.recover == "affinity":
         specs["small+affinity"] = args.small
     if args.checkpoint:
         specs = {"checkpoint": args.large}
-    models = {}
     for arm, spec in specs.items():
         torch.manual_seed(args.seed)  # the arms do not depend on each other
-        models[arm] = common.build_action_clip(spec, args.fusion_layers, cache,
-                                               checkpoint=args.checkpoint).to(DEVICE)
+        model = common.build_action_clip(spec, args.fusion_layers, cache, False, args.checkpoint)
+        models[arm] = model.to(DEVICE)
         if args.compile:
             torch.compiler.config.recompile_limit = 64  # arms x batch sizes x training, testing
-            models[arm].encode_video = torch.compile(models[arm].encode_video)
-    if args.checkpoint:
-        args.frames = models["checkpoint"].frames or args.frames
+            model.encode_video = torch.compile(model.encode_video)
+    args.frames = model.frames if args.checkpoint and model.frames else args.frames
     return models
 
 
@@ -510,18 +507,17 @@ def report(models, results, answers, tests, args, log, run, began):
             print(f"training {arm}: {flops / 1e12:.0f} TFLOP/s a GPU ({flops / PEAK:.0%} of an "
                   f"H100's), {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
     print(table(list(results.values())))
-    scores = []
+    scores, small, large = [], results.get("small"), results.get("large")
     for arm, r in results.items():
         scores += [f"{arm}{name}={r['top1' + name]:.4f}" for name in tests]
-    if "small" in results:
-        small, large = results["small"], results["large"]
-        ratios = [f"{key} x{small[key] / large[key]:.2f}" for key in ("M", "GMAC", "ms", "+decode",
-                                                                      "clips/s")]
-        print(f"small / large: {', '.join(ratios)}")
+    if small:
+        keys = "M", "GMAC", "ms", "+decode", "clips/s"
+        ratios = ", ".join([f"{key} x{small[key] / large[key]:.2f}" for key in keys])
+        print(f"small / large: {ratios}")
         scores += [f"gmac_ratio={small['GMAC'] / large['GMAC']:.3f}"]
-    chances = [f"top1{name} {1 / len(part.classes):.3f}" for name, part in tests.items()]
-    print(f"M: million parameters without the word table. GMAC, ms, +decode (ms with decoding): of "
-          f"a clip, texts cached.\n{len(data.test)} test clips; chance: {', '.join(chances)}")
+    chances = ", ".join([f"top1{name} {1 / len(part.classes):.3f}" for name, part in tests.items()])
+    print(f"M: million parameters without the word table; GMAC, ms, +decode (ms with decoding): of "
+          f"a clip, texts cached.\n{len(data.test)} test clips; chance: {chances}")
     for note in data.notes():
         print(f"NOTE {note}")
 
