@@ -275,7 +275,7 @@ def feature_cache(streams, clips, mirror, args, data):
             values = sum(f.numel() for f in columns) / len(labels)
             room = 2e-9 * args.crops * len(clips) * values
             if room > args.cache_gb:
-                print(f"{room:.0f} GB are more than --cache-gb: every epoch decodes anew", flush=True)
+                print(f"{room:.0f} GB are more than --cache-gb: every epoch decodes anew")
                 return None
             columns = [f.half() if f.ndim == 4 else f for f in columns]
             found.append([f.unflatten(0, (len(labels), -1)).cpu() for f in columns])

@@ -1,21 +1,20 @@
 """Weigh the exits of three networks, and stop at the first whose weighted sum is sure: WISE.
 
 Soufleri, Ravikumar, Roy: "Advancing Compressed Video Action Recognition through Progressive
-Knowledge Distillation", arXiv 2407.02713: inference (training is in pkd_compressed.py, whose
-checkpoint this reads). WISE, weighted inference with scaled ensemble, is not WiSE-FT, which
-averages the weights of two CLIPs: here logits are added, and all that is learned is a number per
-exit.
+Knowledge Distillation", arXiv 2407.02713: inference, on a checkpoint of pkd_compressed.py. WISE,
+weighted inference with scaled ensemble, is not WiSE-FT, which averages the weights of two CLIPs:
+here logits are added, and all that is learned is a number per exit.
 
-Three networks on motion vectors, residuals and I-frames have four exits each. A clip runs through
-them in a fixed order, from cheap to expensive; at exit j the logits of all exits so far are added
-with weights w_j, learned for that j. Once the class is sure enough, the clip leaves: the rest does
-not run, and pictures that only the rest would need are not decoded. Much of what such an ensemble
-gains may be plain late fusion, so beside it stand baselines with fixed weights: each exit alone,
-the mean of all exits so far, the mean of the finished networks.
+Networks on motion vectors, residuals and I-frames have four exits each. A clip runs through them
+from cheap to expensive; at exit j the logits of all exits so far are added with weights w_j,
+learned for that j. Once the class is sure enough, the clip leaves: the rest does not run, and
+pictures that only the rest would need are not decoded. Much of what such an ensemble gains may be
+plain late fusion, so baselines with fixed weights stand beside it: each exit alone, the mean of all
+exits so far, the mean of the finished networks.
 
 Exits e = 0..E-1 in --exit-order, logits z_e (N, K) of N clips, labels y, K classes:
   (1) weighted_logits  u_j = sum_{e <= j} W_je z_e;    W (E, E), lower-triangular
-  (2) fit_wise         W_j = argmin_w  1/N sum_n CE(u_j, y) + l1 sum_e |w_e|, convex, for each j
+  (2) wise_loss        W_j = argmin_w  1/N sum_n CE(u_j, y) + l1 sum_e |w_e|, convex, for each j
                        (|w| = sqrt(w^2 + 1e-8) - 1e-4, so that it has a gradient at 0)
   (3) leave_at         first j with max_c softmax(u_j)_c > theta; the last otherwise; the clip gets
                        the class of the largest u_j
@@ -32,13 +31,14 @@ The plain command printed (2 cores of an x86_64 CPU, torch 2.15.0):
 RESULT wise_infer data=toy split=1 seed=0 last=0.9125 last_gmac=0.0048 fusion=0.9833
   fusion_gmac=0.0137 wise=0.9792 wise_gmac=0.0182 early=0.9833 early_gmac=0.0134 seconds=19
 
-Differs from the paper (its abstract) and from its code: W is fitted, and theta chosen, on held-out
-clips; the code fits on training logits, by 500 steps of SGD from ones, with l1 0 up to exit 5 and
-.1 from 6 on, and read its thetas off the test list. The last row is learned like every other, where
-the code's last exit has hand-written weights. Cheapest stream first; --exit-order r mv i is the
-code's. Some of the code's variants divide u_j by j + 1: same class, other confidence.
+Differs from the paper (its abstract) and its code: W and theta come from held-out clips; the code
+fits on training logits, by 500 steps of SGD from ones, l1 0 up to exit 5 and .1 from 6 on, and read
+its thetas off the test list. The last row is learned as the others; the code's is hand-written.
+Cheapest stream first; --exit-order r mv i is the code's. Some of the code's variants divide u_j by
+j + 1: same class, other confidence.
 """
 import argparse
+import contextlib
 import itertools
 import json
 import platform
@@ -52,6 +52,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -60,7 +61,7 @@ import common
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 MACHINE = torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU"
-STREAMS, SIZES = ("mv", "r", "i"), (1, 2, 3, 4)  # exits of a stream
+STREAMS = ("mv", "r", "i")
 
 # ---- the method: eqs. (1)-(4) --------------------------------------------------------------------
 
@@ -70,18 +71,11 @@ def weighted_logits(logits, weights):
     return torch.einsum("je,enk->jnk", weights, logits)                         # (J, N, K)     (1)
 
 
-def fit_wise(logits, labels, l1):
-    """Eq. (2). logits (E, N, K), labels (N,) -> W (E, E), whose row j weighs exits 0..j"""
-    E, W = len(logits), torch.zeros(len(logits), len(logits)).double()
-    for j in range(E):
-        z = logits[:j + 1].double()                                             # (j+1, N, K)
-
-        def objective(w, z=z):                                                  # (j+1,)
-            u = weighted_logits(z, w[None])[0]                                  # (N, K)        (1)
-            size = ((w ** 2 + 1e-8).sqrt() - 1e-4).sum()
-            return F.cross_entropy(u, labels) + l1 * size                       # ()            (2)
-        W[j, :j + 1] = minimum(objective, j + 1)
-    return W
+def wise_loss(w, logits, labels, l1):
+    """Eq. (2), what fit_wise minimises. w (j+1,), logits (j+1, N, K), labels (N,) -> scalar"""
+    u = weighted_logits(logits, w[None])[0]                                     # (N, K)        (1)
+    size = ((w ** 2 + 1e-8).sqrt() - 1e-4).sum()                                # ()
+    return F.cross_entropy(u, labels) + l1 * size                               # ()            (2)
 
 
 def leave_at(logits, weights, theta):
@@ -99,96 +93,88 @@ def expected_cost(left, costs):
 # ---- the rest is plumbing ------------------------------------------------------------------------
 
 
-def minimum(objective, size):
-    """The minimum of a convex function of (size,), by L-BFGS from the mean; started anew where its
-    picture of the curvature has gone bad."""
-    w = torch.full((size,), 1 / size, dtype=torch.float64, requires_grad=True)
+def fit_wise(logits, labels, l1):
+    """Minimise eq. (2) for each exit, by L-BFGS from the mean, started anew where its estimate of
+    the curvature has gone bad. logits (E, N, K), labels (N,) -> W (E, E), row j for exits 0..j"""
+    E, logits = len(logits), logits.double()
+    W = torch.zeros(E, E).double()
+    for j in range(E):
+        w = torch.full((j + 1,), 1 / (j + 1), dtype=torch.float64, requires_grad=True)
 
-    def step():
-        w.grad = None
-        value = objective(w)
-        value.backward()
-        return value
+        def step(w=w):
+            w.grad = None
+            loss = wise_loss(w, logits[:len(w)], labels, l1)
+            loss.backward()
+            return loss
 
-    for _ in range(10):
-        torch.optim.LBFGS([w], max_iter=300, tolerance_grad=1e-9, tolerance_change=0,
-                          history_size=20, line_search_fn="strong_wolfe").step(step)
-        step()
-        if w.grad.abs().max() < 1e-8:
-            break
-    return w.detach()
+        for _ in range(10):
+            torch.optim.LBFGS([w], max_iter=300, tolerance_grad=1e-9, tolerance_change=0,
+                              history_size=20, line_search_fn="strong_wolfe").step(step)
+            step()
+            if w.grad.abs().max() < 1e-8:
+                break
+        W[j, :j + 1] = w.detach()
+    return W
 
 
 def baselines(exits):
-    """The same rule with fixed weights, {name: (E, E)}. alone: exit j itself. uniform: the mean of
-    all exits so far. fusion: the mean of the finished networks; before the first, exit j itself."""
-    E = len(exits)
-    alone, uniform = torch.eye(E).double(), torch.ones(E, E).double().tril()
-    fusion = alone.clone()
-    for j in range(E):
-        ends = [e for e in range(j + 1) if exits[e][1] == 4]
-        if ends:
-            fusion[j] = 0
-            fusion[j, ends] = 1 / len(ends)
-    return {"alone": alone, "uniform": uniform / uniform.sum(1, keepdim=True), "fusion": fusion}
-
-
-def load_part(module, state, start):
-    """Load what begins with `start`, for inference alone."""
-    own = {key.removeprefix(start): x for key, x in state.items() if key.startswith(start)}
-    module.load_state_dict(own)
-    module.to(DEVICE).eval().requires_grad_(False)
+    """Fixed weights, {name: (E, E)}. alone: exit j itself. uniform: the mean of all exits so far.
+    fusion: the mean of the finished networks; before the first, exit j itself."""
+    alone, uniform = torch.eye(len(exits)).double(), torch.ones(len(exits), len(exits)).tril()
+    ends = uniform * torch.tensor([k == 4 for _, k in exits])
+    fusion = torch.where(ends.any(1, True), ends.double() / ends.sum(1, True), alone)
+    return {"alone": alone, "uniform": uniform.double() / uniform.sum(1, True), "fusion": fusion}
 
 
 class Cascade:
     """The networks and exits of a checkpoint, in the order in which a clip runs through them."""
 
     def __init__(self, saved, order, exit_order, segments):
-        flags, self.classes = saved["flags"], saved["classes"]
-        self.nets, self.heads, self.size = {}, {}, flags["size"]
+        flags, self.classes, self.streams = saved["flags"], saved["classes"], exit_order
+        self.size, self.copies = flags["size"], flags["copies"]
         self.segments = {stream: segments.get(stream, flags["segments"]) for stream in STREAMS}
-        self.exits = list(itertools.product(exit_order, SIZES))
+        self.exits = list(itertools.product(exit_order, (1, 2, 3, 4)))
+        self.nets, self.heads = nn.ModuleDict(), nn.ModuleDict()
         for stream, name in zip(STREAMS, flags["networks"], strict=True):
-            net = self.nets[stream] = common.ExitNet(stream, name, len(self.classes))
-            heads = self.heads[stream] = common.exit_heads(net, len(self.classes))
-            load_part(net, saved["streams"], f"nets.{stream}.")
-            load_part(heads, saved["exits"], f"heads.{order}.{stream}.")
+            self.nets[stream] = common.ExitNet(stream, name, len(self.classes))
+            self.heads[stream] = common.exit_heads(self.nets[stream], len(self.classes))
+        for part, state, start in ((self.nets, saved["streams"], "nets."),
+                                   (self.heads, saved["exits"], f"heads.{order}.")):
+            own = {key.removeprefix(start): state[key] for key in state if key.startswith(start)}
+            part.load_state_dict(own)
+            part.to(DEVICE).eval().requires_grad_(False)
 
-    def look(self, path):
-        """-> function: stream -> what its network sees of a clip. Decoded when first asked for, and
-        only motion until r or i needs the pictures."""
+    def look(self, path, copies=None):
+        """-> function: stream -> what its network sees of a clip, or of its copy in the folder
+        `copies`. Decoded when first asked for, and only motion until r or i needs the pictures."""
         held = {}
 
         def view(stream):
-            S, pictures = self.segments[stream], stream != "mv"
-            if (S, True) not in held and (S, pictures) not in held:
-                found = common.p_frames(path)
+            S = self.segments[stream]
+            if stream not in held.get(S, ()):
+                file = common.coded_copy(path, copies) if copies else path
+                found = common.p_frames(file)
                 indices = found[common.segment_indices(len(found), S)]
-                coded = common.read_compressed(path, indices, pictures).to(DEVICE)
-                held[S, pictures] = common.compressed_view([coded], self.size)
-            return held.get((S, True), held.get((S, pictures)))[stream]
+                coded = common.read_compressed(file, indices, stream != "mv").to(DEVICE)
+                held[S] = common.compressed_view([coded], self.size)
+            return held[S][stream]
         return view
-
-    def outputs(self, look):
-        """Yields the logits (K,) of exit after exit; what lies behind does not run, and is not
-        decoded, until it is asked for."""
-        for stream, _ in itertools.groupby(self.exits, key=lambda exit: exit[0]):
-            for z in common.exit_logits(self.nets[stream], self.heads[stream], look(stream)):
-                yield z[0].double().cpu()
 
     @torch.no_grad()
     def run(self, look, weights=None, theta=2.):
-        """One clip through the exits; with weights it stops where eq. (3) says. -> logits of the
-        exits that ran, (j+1, K), and the probabilities there, (K,)"""
+        """One clip through the exits, each run, and its input decoded, when it is its turn; with
+        weights it stops where eq. (3) says. -> logits of the exits that ran, (j+1, K), and the
+        probabilities there, (K,)"""
         z, p = [], None
-        for j, z_j in enumerate(self.outputs(look)):
-            z.append(z_j)
-            if weights is not None:
-                u = weighted_logits(torch.stack(z)[:, None], weights[j:j + 1, :j + 1])
-                p = u[0, 0].softmax(-1)                                         # (K,)
-                if p.max() > theta:                                             # as in (3)
-                    break
-        return torch.stack(z), p
+        for stream in self.streams:
+            for z_j in common.exit_logits(self.nets[stream], self.heads[stream], look(stream)):
+                z.append(z_j.double().cpu())                                    # (1, K)
+                if weights is not None:
+                    row = weights[len(z) - 1:len(z), :len(z)]                   # (1, j+1)
+                    p = weighted_logits(torch.stack(z), row)[0, 0].softmax(-1)  # (K,)
+                    if p.max() > theta:                                         # as in (3)
+                        return torch.cat(z), p
+        return torch.cat(z), p
 
     def logits(self, clips, bad):
         """-> logits (E, N, K) of clips [(path, label)], one by one as in use, and labels (N,); a
@@ -197,10 +183,11 @@ class Cascade:
         labels = torch.tensor([label for _, label in clips])
         for n, (path, _) in enumerate(tqdm(clips, "logits", leave=False, disable=None)):
             try:
-                z[:, n] = self.run(self.look(path))[0]
+                z[:, n] = self.run(self.look(path, self.copies))[0]
             except common.BadVideo as error:
+                if path not in bad:
+                    print(f"cannot decode {path}: {error.reason}", file=sys.stderr)
                 bad[path], labels[n] = error.reason, -1
-                print(f"cannot decode {path}: {error.reason}", file=sys.stderr)
         lost = (labels < 0).sum().item()
         if lost == len(clips) or lost > max(10, .01 * len(clips)):
             raise common.BadInput(f"{lost} of {len(clips)} clips cannot be decoded, the last one "
@@ -211,18 +198,17 @@ class Cascade:
     def costs(self):
         """-> GMAC of a clip up to each exit, with every exit before it, (E,); of each whole network
         without exits, {stream: GMAC}"""
-        costs, whole = [], {}
-        for stream, group in itertools.groupby(self.exits, key=lambda exit: exit[0]):
-            net, before = self.nets[stream], costs[-1] if costs else 0.
+        costs, whole, before = [], {}, 0.
+        for stream, net in [(stream, self.nets[stream]) for stream in self.streams]:
             size = 1, self.segments[stream], 2 if stream == "mv" else 3, self.size, self.size
             x = torch.rand(size, device=DEVICE)
-            for _, k in group:
-                with FlopCounterMode(display=False) as counter:
-                    list(itertools.islice(common.exit_logits(net, self.heads[stream], x), k))
-                costs.append(before + counter.get_total_flops() / 2e9)
             with FlopCounterMode(display=False) as counter:
                 net(x)
             whole[stream] = counter.get_total_flops() / 2e9
+            with FlopCounterMode(display=False) as counter:
+                for _ in common.exit_logits(net, self.heads[stream], x):
+                    costs.append(before + counter.get_total_flops() / 2e9)
+            before = costs[-1]
         return torch.tensor(costs, dtype=torch.float64), whole
 
 
@@ -265,7 +251,8 @@ def run_for_real(cascade, clips, weights, theta):
     for path, _ in tqdm(clips, "early exit", leave=False, disable=None):
         start = time.perf_counter()
         try:
-            said.append(cascade.run(cascade.look(path), weights, theta)[1].argmax().item())
+            p = cascade.run(cascade.look(path, cascade.copies), weights, theta)[1]
+            said.append(p.argmax().item())
             ms.append((time.perf_counter() - start) * 1e3)
         except common.BadVideo:
             said.append(-1)
@@ -275,20 +262,19 @@ def run_for_real(cascade, clips, weights, theta):
 def sweep(saved, order, args, held, test, bad):
     """Segments of each stream, 1 or as in training, times points that may be lost -> rows, the
     Pareto front of the test clips marked"""
-    counts, rows = sorted({1, saved["flags"]["segments"]}), []
-    for each in itertools.product(counts, repeat=3):
+    counts, rows, best = {1, saved["flags"]["segments"]}, [], -1.
+    for each in itertools.product(sorted(counts), repeat=3):
         segments = dict(zip(STREAMS, each, strict=True))
         cascade = Cascade(saved, order, args.exit_order, segments)
-        (z_h, y_h), (z_t, y_t) = (cascade.logits(clips, bad) for clips in (held, test))
-        z_h, y_h, (costs, _) = z_h[:, y_h >= 0], y_h[y_h >= 0], cascade.costs()
-        W = fit_wise(z_h, y_h, args.l1)
+        z, labels = cascade.logits(held, bad)
+        z, labels, (costs, _) = z[:, labels >= 0], labels[labels >= 0], cascade.costs()
+        W, (z_t, y_t) = fit_wise(z, labels, args.l1), cascade.logits(test, bad)
         for loss in (0., .5, 1., 2., 5.):
-            theta = choose_theta(z_h, y_h, W, costs, loss)
+            theta = choose_theta(z, labels, W, costs, loss)
             point = operate(z_t, y_t, W, theta, costs)[0]
-            rows.append({**segments, "max_loss": loss, "theta": theta, "GMAC": point["GMAC"],
-                         "top1": point["top1"]})
+            numbers = {key: point[key] for key in ("theta", "GMAC", "top1")}
+            rows.append({**segments, "max_loss": loss, **numbers})
     rows.sort(key=lambda row: (row["GMAC"], -row["top1"]))
-    best = -1.
     for row in rows:
         row["Pareto"] = "*" if row["top1"] > best else ""
         best = max(best, row["top1"])
@@ -301,17 +287,17 @@ def classify(cascade, paths, weights, theta):
     for path in paths:
         note, start = "", time.perf_counter()
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                try:
-                    z, p = cascade.run(cascade.look(path), weights, theta)
-                except common.BadVideo as error:
-                    if not error.reason.endswith("re-encode it"):
-                        raise
-                    copy, note = common.coded_copy(path, folder), f"  ({error.reason}: done)"
-                    z, p = cascade.run(cascade.look(copy), weights, theta)
+            z, p = cascade.run(cascade.look(path), weights, theta)
         except common.BadVideo as error:
-            print(f"cannot decode {path}: {error.reason}", file=sys.stderr)
-            continue
+            note = f"  ({error.reason}: done)"
+            try:
+                if not error.reason.endswith("re-encode it"):
+                    raise
+                with tempfile.TemporaryDirectory() as folder:
+                    z, p = cascade.run(cascade.look(path, folder), weights, theta)
+            except common.BadVideo as error:
+                print(f"cannot decode {path}: {error.reason}", file=sys.stderr)
+                continue
         ms, (stream, k) = 1e3 * (time.perf_counter() - start), cascade.exits[len(z) - 1]
         lines.append(f"{path}: {cascade.classes[p.argmax()]}, {p.max():.3f}, exit {stream}{k}, "
                      f"{ms:.1f} ms{note}")
@@ -361,20 +347,17 @@ def parse(argv=None):
     add("--video", nargs="+", metavar="FILE", help="classify these files instead of the test clips")
     add("--allow-missing", action="store_true", help="go on without missing clips")
     add("--out", default="runs", help="folder for runs and the cache")
-    args = parser.parse_args(argv)
-    if sorted(args.exit_order) != sorted(STREAMS):
-        parser.error("--exit-order takes mv, r and i in some order")
-    try:
-        args.theta = args.theta if args.theta == "auto" else float(args.theta)
+    args, good = parser.parse_args(argv), False
+    with contextlib.suppress(ValueError):
         pairs = [pair.split("=") for pair in filter(None, args.segments.split(","))]
         args.segments = {stream: int(count) for stream, count in pairs}
-        if args.theta != args.theta or not set(args.segments) <= set(STREAMS) or \
-                min(args.segments.values(), default=1) < 1:
-            raise ValueError
-    except ValueError:
-        parser.error("--theta takes auto or a number, --segments something like mv=1,r=1,i=1")
-    if not (args.l1 >= 0 and args.max_loss >= 0):
-        parser.error("--l1 and --max-loss take 0 or more")
+        good = min(args.segments.values(), default=1) >= 1 and args.l1 >= 0 and args.max_loss >= 0
+        good &= set(args.segments) <= set(STREAMS) and sorted(args.exit_order) == sorted(STREAMS)
+        args.theta = args.theta if args.theta == "auto" else float(args.theta)
+        good &= args.theta == args.theta  # nan is not
+    if not good:
+        parser.error("--exit-order takes mv, r and i in some order; --segments mv=1,r=1,i=1, say; "
+                     "--theta auto or a number; --l1 and --max-loss 0 or more")
     return args
 
 
@@ -388,7 +371,7 @@ def load(args):
         raise common.BadInput(f"{path} is missing; make it with: {command}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        orders = saved["flags"]["order"]
+        orders, _ = saved["flags"]["order"], saved["exits"]
     except Exception as error:  # torch.load raises many kinds
         raise common.BadInput(f"{path} is no checkpoint of pkd_compressed.py "
                               f"({type(error).__name__})") from error
@@ -411,9 +394,6 @@ def read_clips(saved, path, args):
     if not held:
         raise common.BadInput(f"{path} holds no clips out; train with pkd_compressed.py --holdout "
                               f"0.2")
-    if flags["copies"]:
-        held, data.test = ([(common.coded_copy(clip, flags["copies"]), label)
-                            for clip, label in clips] for clips in (held, data.test))
     return data, held
 
 
@@ -437,22 +417,22 @@ def main(argv=None):
     z_t, y_t = cascade.logits(data.test, data.bad)
     weights, rows = {**baselines(cascade.exits), "WISE": W}, []
     for j, (stream, k) in enumerate(cascade.exits):
-        row = {"exit": f"{stream}{k}", "GMAC": costs[j].item()}
+        rows.append({"exit": f"{stream}{k}", "GMAC": costs[j].item()})
         for name, w in weights.items():
-            row[name] = (weighted_logits(z_t, w)[j].argmax(-1) == y_t).double().mean().item()
-        rows.append(row)
+            right = weighted_logits(z_t, w[j:j + 1])[0].argmax(-1) == y_t
+            rows[-1][name] = right.double().mean().item()
     points = {"WISE": operate(z_t, y_t, W, 2., costs)[0]}
-    points["WISE, early exit"], said, left = operate(z_t, y_t, W, theta, costs)
-    same, points["WISE, early exit"]["ms"] = run_for_real(cascade, data.test, W, theta)
-    limit = operate(z, labels, W, theta, costs)[0]["GMAC"]
+    early, said, left = operate(z_t, y_t, W, theta, costs)
+    real, early["ms"] = run_for_real(cascade, data.test, W, theta)
+    points["WISE, early exit"], limit = early, operate(z, labels, W, theta, costs)[0]["GMAC"]
     for name in ("alone", "uniform", "fusion"):
         own = theta_of_cost(z, labels, weights[name], costs, limit)
         points[f"{name}, early exit"] = operate(z_t, y_t, weights[name], own, costs)[0]
-    swept = sweep(saved, order, args, held, data.test, data.bad) if args.sweep else []
     results = {"exits": rows, "points": points, "weights": W.tolist(), "theta": theta,
                "last": rows[-1]["alone"], "last_gmac": whole[args.exit_order[-1]],
-               "fusion": rows[-1]["fusion"], "fusion_gmac": sum(whole.values()), "sweep": swept,
-               "same": sum(a == b for a, b in zip(same, said.tolist(), strict=True)) / len(same)}
+               "fusion": rows[-1]["fusion"], "fusion_gmac": sum(whole.values()),
+               "sweep": sweep(saved, order, args, held, data.test, data.bad) if args.sweep else [],
+               "same": (torch.tensor(real) == said)[y_t >= 0].double().mean().item()}
     report(results, cascade, data, said, left, y_t, saved, args, began)
     return results
 
@@ -460,16 +440,16 @@ def main(argv=None):
 def report(results, cascade, data, said, left, labels, saved, args, began):
     """Write record and picture; print the tables and RESULT."""
     flags, points, rows = saved["flags"], results["points"], []
+    exits = [f"{stream}{k}" for stream, k in cascade.exits]
     for name, point in points.items():
-        shares = zip(cascade.exits, point["leave"], strict=True)
-        leave = [f"{stream}{k} {share:.0%}" for (stream, k), share in shares if share > 0]
+        shares = zip(exits, point["leave"], strict=True)
+        leave = " ".join(f"{at} {share:.0%}" for at, share in shares if share > 0)
         rows.append({"operating point": name, "theta": point["theta"], "top1": point["top1"],
-                     "GMAC": point["GMAC"], "clips leave at": " ".join(leave)})
-    print(f"{table(results['exits'])}\ntop-1 if every clip stops there: the exit alone; the mean "
-          f"of the exits so far; that of the finished networks;\nWISE. GMAC: of a clip up to there"
-          f"\n\n{table(rows)}\nBaselines have a theta set on held-out clips to WISE's cost. Early "
-          f"exit: {points['WISE, early exit']['ms']:.1f} ms a clip with decoding; run for real, "
-          f"{results['same']:.1%} of the clips get this table's class")
+                     "GMAC": point["GMAC"], "clips leave at": leave})
+    print(f"{table(results['exits'])}\ntop-1 where every clip stops there; GMAC: of a clip up to "
+          f"there\n\n{table(rows)}\nBaselines have a theta set on held-out clips to WISE's cost. "
+          f"Early exit: {points['WISE, early exit']['ms']:.1f} ms a clip with decoding; run for "
+          f"real, {results['same']:.1%} of the clips get this table's class")
     if results["sweep"]:
         print(table(results["sweep"]))
     for note in data.notes():
@@ -479,8 +459,8 @@ def report(results, cascade, data, said, left, labels, saved, args, began):
     write_record(run / "run.json", args, data, results, [], began)
     lines = {}
     for n in (labels >= 0).nonzero()[:, 0].tolist():
-        (stream, k), name = cascade.exits[left[n]], cascade.classes[said[n]]
-        lines[n] = f"leaves at {stream}{k}: {name}", bool(said[n] == labels[n])
+        text = f"leaves at {exits[left[n]]}: {cascade.classes[said[n]]}"
+        lines[n] = text, bool(said[n] == labels[n])
     common.contact_sheet(data.test, lines, 8, run / "run.png")
     scores = [f"{key}={results[key]:.4f}" for key in ("last", "last_gmac", "fusion", "fusion_gmac")]
     for key, name in (("wise", "WISE"), ("early", "WISE, early exit")):
