@@ -76,15 +76,12 @@ def test_tsn_takes_the_middle_of_each_segment_and_trains_on_all_of_it(N, T):
     drawn = np.stack([common.segment_indices(N, T, RNG(seed)) for seed in range(2000)])
     for i, column in enumerate(drawn.T):
         assert set(column) == set(range(i * N // T, (i + 1) * N // T))
-
-
-@pytest.mark.parametrize("N", [1, 3, 4])
-def test_short_clips_repeat_frames(N):
-    assert common.segment_indices(N, 8).tolist() == [i * N // 8 for i in range(8)]
-    drawn = common.segment_indices(N, 8, RNG(0)).tolist()
-    assert drawn == sorted(drawn)
-    assert len(drawn) == 8
-    assert set(drawn) == set(range(N))  # training leaves none out
+    for few in (1, 3, T):  # a short clip repeats frames; training leaves none out
+        assert common.segment_indices(few, T).tolist() == [i * few // T for i in range(T)]
+        drawn = common.segment_indices(few, T, RNG(0)).tolist()
+        assert drawn == sorted(drawn)
+        assert len(drawn) == T
+        assert set(drawn) == set(range(few))
 
 
 def test_dense_windows():
@@ -203,6 +200,9 @@ def test_a_picture_that_is_not_coded_repeats_the_one_before(tmp_path, name, bf):
     assert torch.equal(read_frames(tmp_path / name, range(len(seen))), everything)
     for i in range(len(seen)):
         assert torch.equal(read_frames(tmp_path / name, [i])[0], everything[i])
+    if not bf:
+        coded = common.read_compressed(tmp_path / name, range(len(seen)))
+        assert torch.equal(coded.motion, common.read_compressed(tmp_path / "full.avi", seen).motion)
     common.reencode(tmp_path / name, tmp_path / "copy.mp4")
     assert count(tmp_path / "copy.mp4") == len(seen)
 
@@ -288,22 +288,18 @@ def test_rotated_clips_are_turned_upright(shared, degrees, turns):
     assert upright.shape[2:] == ((568, 320) if turns % 2 else (320, 568))
 
 
-@pytest.mark.parametrize(("height", "width"), [(2, 2), (64, 48), (50, 90)])
-def test_few_frames_and_few_pixels(tmp_path, height, width):
-    encode(tmp_path / "a.mp4", moving(3, 64, 96)[:, :height, :width], codec="libx264")
+@pytest.mark.parametrize(("height", "width"), [(2, 2), (128, 96), (50, 90)])
+def test_few_frames_and_few_pixels_and_another_size(tmp_path, height, width):
+    frames = np.full((3, height, width, 3), 60, np.uint8)
+    frames[:, :height // 2] = 200
+    encode(tmp_path / "a.mp4", frames, codec="libx264")
     indices = common.segment_indices(count(tmp_path / "a.mp4"), 8)
     assert read_frames(tmp_path / "a.mp4", indices).shape == (8, 3, height, width)
-    small = read_frames(tmp_path / "a.mp4", indices, side=32)
-    assert list(small.shape[2:]) == [round(a * 32 / min(height, width)) for a in (height, width)]
-
-
-def test_resizing_keeps_the_picture(tmp_path):
-    frames = np.full((3, 128, 96, 3), 60, np.uint8)
-    frames[:, :64, :48] = 200
-    encode(tmp_path / "a.mp4", frames)
-    small = read_frames(tmp_path / "a.mp4", [0, 2], side=24).float()
-    assert abs(small[:, :, :14, :10] - 200).max() < 6
-    assert abs(small[:, :, 18:] - 60).max() < 6
+    small = read_frames(tmp_path / "a.mp4", indices, side=24).float()
+    h, w = small.shape[2:]
+    assert [h, w] == [round(a * 24 / min(height, width)) for a in (height, width)]
+    assert abs(small[:, :, :h // 3] - 200).max() < 6
+    assert abs(small[:, :, -(h // 3):] - 60).max() < 6
 
 
 # ---- odd files -----------------------------------------------------------------------------------
@@ -325,14 +321,6 @@ def test_odd_videos_are_read_or_named_with_a_reason(shared):
     assert "no video stream" in bad["afconvert-aac-0.5s.mp4"]
     assert "no frame" in bad["bipbop_cbcs_video_init.mp4"]
     assert all(bad.values())
-
-
-def sound(path):
-    with av.open(str(path), "w", format="wav") as container:
-        stream = container.add_stream("pcm_s16le", rate=8000)
-        frame = av.AudioFrame(format="s16", layout="mono", samples=800)
-        frame.rate = 8000
-        container.mux(stream.encode(frame))
 
 
 def cover(path):
@@ -377,13 +365,11 @@ def stray_packets(path):
 
 BAD_FILES = {  # name: (how it is made, a word of the reason)
     "missing.avi": (lambda path: None, "no such file"),
-    "folder.avi": (lambda path: path.mkdir(), "readable"),
     "empty.mp4": (lambda path: path.touch(), "readable"),
     "text.avi": (lambda path: path.write_text("These are no moving pictures.\n" * 50), "readable"),
     # FFmpeg draws a text that is named so as ANSI art: four frames of letters
     "readme.txt": (lambda path: path.write_text("These are no moving pictures.\n" * 50), "video"),
-    "random.mp4": (lambda path: path.write_bytes(RNG(0).bytes(50_000)), "readable"),
-    "sound.avi": (sound, "no video stream"), "cover.mp3": (cover, "no video stream"),
+    "cover.mp3": (cover, "no video stream"),
     "no-index.mp4": (cut, "readable"), "two-sizes.h264": (two_sizes, "size changes"),
     "unknown.avi": (unknown_codec, "codec"), "stray.ts": (stray_packets, "readable")}
 
@@ -431,9 +417,14 @@ def test_damaged_files_give_right_frames_or_bad_video(tmp_path, name, codec):
             both = min(N, len(plain))
             assert torch.equal(frames[:both], plain[:both])
             assert N - both <= 2  # the last frame stands in for what decoders lose
-            most = both if i >= 28 else both // 2 if i % 4 == 3 else 1  # behind it, it depends on
-            for k in rng.integers(most, size=3):                        # where decoding starts
-                assert torch.equal(read_frames(path, [k])[0], plain[k])
+            # what is behind the damage depends on where decoding starts
+            most = both if i >= 28 else both // 2 if i % 4 == 3 else 1
+            for k in rng.integers(most, size=3):
+                one = read_frames(path, [k])[0]
+                assert torch.equal(one, plain[k])
+                if name == "a.avi":
+                    coded = common.read_compressed(path, [k])
+                    assert (coded.frame[0].int() - one.int()).abs().max() <= 2
             read += 1
     assert read > 5
 
@@ -513,14 +504,9 @@ def test_training_frames_change_with_the_epoch_and_test_frames_do_not(toy):
     assert torch.equal(drawn[0], train[0, 0].video)
     assert not all(torch.equal(drawn[0], video) for video in drawn)
     assert torch.equal(test[0, 0].video, test[1, 0].video)
-
-
-def test_dense_views_come_one_after_the_other(toy):
     rows = read_data(toy).test
     assert Clips(rows, 4, 32, "dense", views=3)[0, 0].video.shape == (12, 3, 32, 32)
     assert Clips(rows, 4, 32, "dense", views=3, train=True)[0, 0].video.shape == (4, 3, 32, 32)
-    with pytest.raises(BadInput, match="add --sampling dense"):
-        Clips(rows, 4, 32, views=3)
 
 
 def with_bad(toy, tmp_path, count, good=8):
@@ -568,12 +554,8 @@ def test_more_than_ten_and_more_than_one_percent_stop(tmp_path, monkeypatch, cou
                         good if path == "good" else read(self, path, rng))
     with pytest.raises(BadInput, match=f"{count} of {of}") if stops else contextlib.nullcontext():
         assert len(list(ClipLoader(clips, count))) == -(-of // count)
-
-
-def test_training_stops_where_every_clip_is_bad(toy, tmp_path):
-    clips = Clips(with_bad(toy, tmp_path, 3, good=0), 4, 32, train=True)
-    with pytest.raises(BadInput, match=r"3 of 3.*bad\d.mp4"):
-        next(iter(ClipLoader(clips, 3)))
+    with pytest.raises(BadInput, match=rf"{count} of {count}.*\d.mp4"):  # none is good
+        next(iter(ClipLoader(Clips(rows, 1, 32, train=True), count)))
 
 
 # ---- views ---------------------------------------------------------------------------------------
@@ -642,11 +624,3 @@ def test_draws_are_the_same_at_any_size():
 def test_mirrors_spares_words_that_tell_left_from_right():
     classes = ["turn left", "clap", "Right hand up", "brightly lit", "leftover", "moving left"]
     assert common.mirrors(classes) == [False, True, False, True, True, False]
-
-
-def test_contact_sheet_has_a_row_a_clip(toy, tmp_path):
-    lines = {i: (f"clip {i}", i % 2 == 0) for i in range(24)}
-    common.contact_sheet(read_data(toy).test, lines, 4, tmp_path / "sheet.png")
-    sheet = whole(tmp_path / "sheet.png")[0]
-    assert sheet.shape[1] / 8 == pytest.approx(128 + 14 + 4, abs=6)
-    assert sheet.shape[2] > 4 * 128
