@@ -1,13 +1,11 @@
-"""Clips in, networks out: data loading and model builders, all that a method needs before it starts.
+"""Clips in, networks out: data loading and model builders, what a method needs before it starts.
 
 This file trains nothing (but the toy CLIPs, in place of a download), logs nothing, reads no flags
 and knows nothing of the roles that networks play in a method. Sections: errors | toy clips | data
-sets | RGB decoding | compressed decoding | loaders | views | CLIP and ActionCLIP builders | exit
-networks
+sets | RGB decoding | compressed decoding | loaders | views | CLIP and ActionCLIP | exit networks
 
-Axes:  B clips   T frames of a clip that a network sees   C H W channels, height, width   D width of
-an embedding   K classes   N frames of a file   V windows of a clip   S segments of a compressed
-clip   E exits of a network
+Axes:  B clips   T frames that a network sees   C H W channels, height, width   D embedding width
+K classes   N frames of a file   V windows of a clip   S segments of a coded clip   E exits
 """
 import contextlib
 import csv
@@ -60,11 +58,10 @@ class BadVideo(Exception):
 
 
 # ---- toy clips -----------------------------------------------------------------------------------
-# An action is a motion and cannot be read from one frame: position and size at the middle of a clip
-# have the same distribution for every action. The scene correlates with the action in half of the
-# training clips and in no test clip of split 1; split 2 tests each action in the usual scene of
-# another (a test of scene bias). The compressed scripts use classes that pair a shape with a
-# motion. Diagonals test unseen classes: their words combine those of trained classes.
+# An action is a motion: no single frame tells it, since position and size at the middle of a clip
+# have the same distribution for all. The scene goes with the action in half of the training clips,
+# in no test clip of split 1, and in split 2 it is the usual scene of another action (scene bias).
+# Classes of the compressed scripts pair a shape with a motion. Diagonals test unseen classes.
 
 MOTIONS = {  # words -> direction of (x, y, log radius)
     "moving left": (-1, 0, 0), "moving right": (1, 0, 0), "moving up": (0, -1, 0),
@@ -120,8 +117,7 @@ def toy_clip(truth, frames=16, pixels=64):
 
 
 def write_video(path, frames, fps=24, codec="mpeg4", pix_fmt="yuv420p", **options):
-    """Encode uint8 frames (N, H, W, 3): I- and P-frames, an I-frame every 12. options: strings for
-    the codec."""
+    """Encode uint8 frames (N, H, W, 3), every 12th as an I-frame, others P; options: the codec's."""
     options = {"g": "12", "bf": "0", "qmin": "2", "qmax": "4", **options}
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps, options=options)
@@ -132,9 +128,9 @@ def write_video(path, frames, fps=24, codec="mpeg4", pix_fmt="yuv420p", **option
 
 
 def make_toy_folder(folder, train=1200, test=300, seed=0, pairs=False, motions=tuple(MOTIONS)):
-    """Draw and encode toy clips into `folder`: train1.csv, test1.csv, train2.csv, test2.csv (see
-    above), truth.json and the clips. pairs: split 1 alone, classes "circle moving left", ...; these
-    clips are larger and longer and have a vector per 8 pixels."""
+    """Draw and encode toy clips into `folder`: lists of splits 1 and 2, truth.json and the clips.
+    pairs: split 1 alone, of classes "circle moving left", ..., in larger and longer clips that have
+    a vector per 8 pixels."""
     rng, truths = np.random.default_rng(seed), {}
     shape, options = ((24, 96), {"flags": "+mv4"}) if pairs else ((16, 64), {})
     parts = [("train", train, "train1"), ("test", test, "test1"), ("swapped", test, "test2")]
@@ -165,9 +161,8 @@ TOYS = {"toy": {}, "toy-pairs": {"train": 900, "test": 240, "pairs": True},  # f
 
 
 def cached(cache, name, make, *sources):
-    """Path of a file or folder in the cache; where it is missing, process 0 calls make(path). The
-    name carries a digest of `sources`, functions and values: what older code made is not reused.
-    Made elsewhere and moved: a kill leaves nothing half-made."""
+    """Path of a file or folder in the cache; if missing, process 0 calls make(path). Its name has a
+    digest of `sources`, functions and values: what older code made is not reused."""
     code = "".join(inspect.getsource(s) if callable(s) else repr(s) for s in sources)
     path = Path(cache) / f"{name}-{zlib.crc32(code.encode()):08x}"
     if not path.exists() and (not dist.is_initialized() or dist.get_rank() == 0):
@@ -176,7 +171,7 @@ def cached(cache, name, make, *sources):
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             make(Path(folder) / name)
             with contextlib.suppress(OSError):  # another run was faster
-                (Path(folder) / name).rename(path)
+                (Path(folder) / name).rename(path)  # only now: a kill leaves nothing half-made
     if dist.is_initialized():
         dist.barrier()
     return path
@@ -187,9 +182,9 @@ def cached(cache, name, make, *sources):
 
 @dataclasses.dataclass
 class VideoData:
-    """train, test: lists of (path, class index); classes: K names in words, for prompts; missing:
-    listed clips that do not exist; unseen: classes held out of training; official: the names as in
-    ActionCLIP's lists; bad: {path: reason} of clips that cannot be decoded, filled by loaders."""
+    """train, test: lists of (path, class index); classes: K names in words; missing: listed clips
+    that do not exist; unseen: classes held out of training; official: the names as in ActionCLIP's
+    lists; bad: {path: reason} of clips that cannot be decoded, filled by loaders."""
     name: str
     classes: list
     train: list
@@ -211,19 +206,18 @@ class VideoData:
     def notes(self):
         """-> list of sentences, what a reader of the results should know"""
         trained = {label for _, label in self.train}
+        untrained = [name for i, name in enumerate(self.classes) if i not in trained]
         found = {"listed clips are missing": self.missing,
                  "classes are held out of training": self.unseen,
-                 "classes have no training clip":
-                     [name for i, name in enumerate(self.classes) if i not in trained],
+                 "classes have no training clip": untrained,
                  "clips cannot be decoded; test clips among them count as wrong": list(self.bad)}
         return [f"{len(names)} {what}, first {', '.join(names[:4])}"
                 for what, names in found.items() if names]
 
 
-FORMATS = ("the formats are: HMDB51 as released (testTrainMulti_7030_splits/ beside class "
-           "folders), UCF101 as released (ucfTrainTestlist/ beside class folders or UCF-101/), "
-           "train1.csv + test1.csv or train.csv + test.csv (header path,label), "
-           "train/CLASS/* + test/CLASS/*")
+FORMATS = ("formats: HMDB51 as released (testTrainMulti_7030_splits/ beside class folders), UCF101 "
+           "as released (ucfTrainTestlist/ beside class folders or UCF-101/), train1.csv, test1.csv "
+           "or train.csv, test.csv (header path,label), train/CLASS/* + test/CLASS/*")
 
 
 def words(name):
@@ -232,12 +226,9 @@ def words(name):
 
 
 def read_data(data, split=1, allow_missing=False, cache="runs/cache", toys="toy"):
-    """Read the lists of a data set: `toy`, or a folder in one of FORMATS. -> VideoData
-
-    split: 1, 2 or 3, where there are several. allow_missing: go on without listed clips that do not
-    exist. toys: what `toy` is, one of TOYS. Labels come from class names, never from ids in a list.
-    Raises BadInput for an unknown format, missing clips, an empty list, a class without training
-    clips and a clip on both lists."""
+    """Read the lists of `toy` (one of TOYS) or of a folder in one of FORMATS -> VideoData. Labels
+    come from class names, never from ids in a list. Raises BadInput for an unknown format, missing
+    clips, an empty list, a class without training clips and a clip on both lists."""
     root = Path(data)
     if data == "toy":
         root = cached(cache, toys, functools.partial(make_toy_folder, **TOYS[toys]), TOYS[toys],
@@ -245,21 +236,21 @@ def read_data(data, split=1, allow_missing=False, cache="runs/cache", toys="toy"
                       DIAGONALS, SHAPES, COLOURS, SCENES)
     if not root.is_dir():
         raise BadInput(f"--data {data}: no such folder; name a folder, or `toy`; {FORMATS}")
-    train, test = _rows(root, split)
+    rows = train, test = _rows(root, split)
     classes = sorted({name for _, name in train + test})
     bare = sorted({name for _, name in test} - {name for _, name in train}) if train else []
-    listed = [{os.path.realpath(path) for path, _ in rows} for rows in (train, test)]
+    listed = [{os.path.realpath(path) for path, _ in part} for part in rows]
     missing = [str(path) for path, _ in train + test if not os.path.isfile(path)]
     wrong = {"classes of the test list have no training clip": bare,
-             "clips are listed both for training and for testing": sorted(listed[0] & listed[1]),
-             f"of {len(train + test)} listed clips are missing (--allow-missing goes on without)":
-                 [] if allow_missing else missing}
+             "clips are listed both for training and for testing": sorted(listed[0] & listed[1])}
+    if not allow_missing:
+        wrong[f"of {len(train + test)} listed clips are missing (see --allow-missing)"] = missing
     for what, names in wrong.items():
         if names:
             raise BadInput(f"{root}: {len(names)} {what}, first {', '.join(names[:3])}")
-    gone = set(missing)
-    train, test = ([(str(path), classes.index(name)) for path, name in rows
-                    if str(path) not in gone] for rows in (train, test))
+    gone = set(map(Path, missing))
+    train, test = ([(str(path), classes.index(name)) for path, name in part if path not in gone]
+                   for part in rows)
     if not (train and test):
         raise BadInput(f"{root}: no {'test' if train else 'training'} clips; {len(missing)} listed "
                        f"clips are missing")
@@ -270,37 +261,39 @@ def read_data(data, split=1, allow_missing=False, cache="runs/cache", toys="toy"
 
 def _rows(root, split):
     """The lists of a folder as they stand there -> training and test [(path, class name)]"""
-    rows, names, once = ([], []), ("train", "test"), split == 1
-    lists, ucf = root / "testTrainMulti_7030_splits", root / "ucfTrainTestlist"
-    numbered, plain = ([root / f"{name}{number}.csv" for name in names] for number in (split, ""))
-    if lists.is_dir():
-        files = {path.name.rsplit("_", 2)[0]: path for path in lists.glob(f"*_test_split{split}.txt")}
+    rows, parts = ([], []), ("train", "test")
+    hmdb, ucf = root / "testTrainMulti_7030_splits", root / "ucfTrainTestlist"
+    lists, plain = ([root / f"{part}{end}.csv" for part in parts] for end in (split, ""))
+    if split == 1 and not all(map(Path.is_file, lists)):
+        lists = plain
+    folders = [root / part for part in parts]
+    if hmdb.is_dir():
+        files = sorted(hmdb.glob(f"*_test_split{split}.txt"))
         if not files:
-            raise BadInput(f"{lists} lacks CLASS_test_split{split}.txt, HMDB51's official lists")
-        home = root if any((root / name).is_dir() for name in files) else root / "hmdb51_org"
-        for name, path in sorted(files.items()):  # 1 training, 2 test, 0 neither
+            raise BadInput(f"{hmdb} lacks CLASS_test_split{split}.txt, HMDB51's official lists")
+        names = [path.name.rsplit("_", 2)[0] for path in files]  # brush_hair_test_split1.txt
+        home = root if any((root / name).is_dir() for name in names) else root / "hmdb51_org"
+        for path, name in zip(files, names, strict=True):  # 1 training, 2 test, 0 neither
             text = path.read_text(errors="replace")
             for clip, part in re.findall(r"^(.+) ([12])\s*$", text, re.M):
                 rows[int(part) - 1].append((home / name / clip, words(name)))
     elif ucf.is_dir():
         home = root / "UCF-101" if (root / "UCF-101").is_dir() else root
-        for part, name in zip(rows, names, strict=True):
-            path = ucf / f"{name}list0{split}.txt"
+        for row, part in zip(rows, parts, strict=True):
+            path = ucf / f"{part}list0{split}.txt"
             if not path.is_file():
                 raise BadInput(f"{path} is missing, one of UCF101's official lists")
             clips = re.findall(r"^\S+", path.read_text(errors="replace"), re.M)
-            part += [(home / clip, words(clip.split("/")[0])) for clip in clips]
-    elif all(map(Path.is_file, numbered)):
-        return [_csv_rows(path) for path in numbered]
-    elif once and all(map(Path.is_file, plain)):
-        return [_csv_rows(path) for path in plain]
-    elif once and (root / "train").is_dir() and (root / "test").is_dir():
-        for part, name in zip(rows, names, strict=True):
-            for home in filter(Path.is_dir, sorted((root / name).glob("[!.]*"))):
+            row += [(home / clip, words(clip.split("/")[0])) for clip in clips]
+    elif all(map(Path.is_file, lists)):
+        return [_csv_rows(path) for path in lists]
+    elif split == 1 and all(map(Path.is_dir, folders)):
+        for row, folder in zip(rows, folders, strict=True):
+            for home in filter(Path.is_dir, sorted(folder.glob("[!.]*"))):
                 clips = list(filter(Path.is_file, sorted(home.glob("[!.]*"))))
                 if not clips:
                     raise BadInput(f"{home} holds no clip; put some there or remove the folder")
-                part += [(clip, words(home.name)) for clip in clips]
+                row += [(clip, words(home.name)) for clip in clips]
     else:
         held = ", ".join(sorted(path.name for path in root.iterdir())[:4]) or "nothing"
         raise BadInput(f"--data {root}: no data set with a split {split} is recognised there (it "
@@ -315,16 +308,15 @@ def _csv_rows(path):
         if not all(itertools.chain(*rows)):
             raise ValueError("an empty field")
     except (ValueError, csv.Error, KeyError, AttributeError) as error:
-        raise BadInput(f"{path}: no UTF-8 list whose first line is path,label, with both in each "
-                       f"line ({error!r})") from None
+        raise BadInput(f"{path}: no UTF-8 list with the header path,label and both in each line "
+                       f"({error!r})") from None
     return [(path.parent / clip, label) for clip, label in rows]
 
 
 def split_unseen(data, count, seed=0):
     """Hold `count` classes, drawn by the seed (toys: diagonals), out of training. -> {"": the other
-    classes, labels renumbered; "_unseen": the test clips of the held-out classes, classified
-    among these; "_unseen_all": the same clips, among all classes}; count 0: {"": data}. Raises
-    BadInput where fewer than two classes would be left on either side."""
+    classes, renumbered; "_unseen": the test clips of the held-out classes, to be classified among
+    these; "_unseen_all": the same, among all classes}; count 0: {"": data}. Raises BadInput."""
     if not count:
         return {"": data}
     able = [name for name in data.classes if name in DIAGONALS] or data.classes
@@ -347,8 +339,8 @@ def split_unseen(data, count, seed=0):
 
 
 def hold_out(data, share, seed=0):
-    """Take that share of every class's training clips, drawn by the seed, out of training.
-    -> data without them, and these clips [(path, label)]"""
+    """Take that share of each class's training clips, drawn by the seed, out of training. -> data
+    without them, and these clips [(path, label)]"""
     rng, held = np.random.default_rng([seed, 7]), set()
     for k in sorted({label for _, label in data.train}):
         own = list(dict.fromkeys(path for path, label in data.train if label == k))
@@ -390,9 +382,8 @@ CONTAINERS = av.formats_available - {"concat", "dash", "hls", "image2", "imf", "
 
 @contextlib.contextmanager
 def open_video(path, source=None, **options):
-    """Open a video for decoding -> (container, video stream). PyAV's errors become BadVideo.
-
-    source: what av.open opens with `options`, if not the file `path` (see read_stream)."""
+    """Open a video for decoding -> (container, video stream). PyAV's errors become BadVideo. source:
+    what av.open opens with `options`, if not the file `path` (see read_stream)."""
     if source is None:
         source, options = f"file:{path}", {"options": {"format_whitelist": ",".join(CONTAINERS)}}
     try:
@@ -410,8 +401,8 @@ def open_video(path, source=None, **options):
 
 
 class VideoIndex(NamedTuple):
-    """pts: sorted timestamps (N,), or None where they cannot be trusted; keys: positions of the
-    keyframes; count: N; unfit: why read_compressed cannot follow the vectors, if packets tell."""
+    """pts: sorted timestamps (N,), None if they cannot be trusted; keys: positions of keyframes;
+    count: N; unfit: why read_compressed cannot follow the vectors, if packets tell."""
     pts: np.ndarray | None
     keys: np.ndarray
     count: int
@@ -420,9 +411,8 @@ class VideoIndex(NamedTuple):
 
 @functools.lru_cache(maxsize=100_000)
 def video_index(path):
-    """Timestamps and keyframes of a file, from the packets that are there -> VideoIndex. Declared
-    numbers are not used: pipes, edit lists and damaged headers make them wrong. Raises BadVideo,
-    also for a file that ends within a packet."""
+    """Timestamps and keyframes of a file, from the packets in it: what pipes, edit lists and damaged
+    headers declare is wrong. Raises BadVideo, also for a file that ends within a packet."""
     pts, keys, kinds, cut = [], [], [], False
     with open_video(path) as (container, stream):
         form, codec = container.format.name, stream.codec_context.codec.canonical_name
@@ -454,12 +444,10 @@ def video_index(path):
 
 
 def decode(path, indices, seek=True, export=None):
-    """Decode what `indices` need, in one pass -> yields (position, frame), in order, of each frame
-    that is decoded.
-
-    Seeks (unless seek=False) where a keyframe lies between the last decoded frame and the next of
-    `indices`. export: options of the decoder, which has to export motion vectors. Raises BadVideo,
-    also where decoding cannot start at a keyframe and where the frame size changes."""
+    """Decode what `indices` need in one pass -> yields (position, frame) of all frames on the way.
+    Seeks (unless seek=False) where a keyframe lies before the next of `indices`. export: options of
+    the decoder, which then exports motion vectors. Raises BadVideo, also where decoding cannot
+    start at a keyframe and where the frame size changes."""
     index, at, size, frame, frames = video_index(str(path)), -1, None, None, None
     if not 0 <= min(indices) <= max(indices) < index.count:
         raise BadVideo(path, f"it has {index.count} frames, none for all of {list(indices)}")
@@ -479,12 +467,10 @@ def decode(path, indices, seek=True, export=None):
                     raise BadVideo(path, f"decoding cannot start at frame {start}")
                 start, size = 0, size or (frame.width, frame.height)
                 if size != (frame.width, frame.height):
-                    raise BadVideo(path, f"the frame size changes from {size[0]} x {size[1]} to "
-                                         f"{frame.width} x {frame.height}")
+                    raise BadVideo(path, f"the frame size changes from {size}")
                 yield at, frame
             if at < i and (start or not index.count - 3 <= at > -1):
-                raise BadVideo(path, f"{index.count} frames are in it, but decoding ends after "
-                                     f"frame {at}")
+                raise BadVideo(path, f"decoding ends after frame {at} of {index.count}")
             while at < i:  # decoders lose up to two frames at the end
                 at += 1
                 yield at, frame
@@ -493,7 +479,7 @@ def decode(path, indices, seek=True, export=None):
 
 
 def _numbered(container, stream, index, at):
-    """Yields (position, frame) of what follows position `at`: by trusted timestamps, else counted."""
+    """Yields (position, frame) of what follows position `at`, by trusted timestamps or counted."""
     for pts, frame in _pictures(container, stream):
         new = at + 1 if index.pts is None or pts is None else int(np.searchsorted(index.pts, pts))
         if new > at:
@@ -502,8 +488,8 @@ def _numbered(container, stream, index, at):
 
 
 def _pictures(container, stream):
-    """Decode -> yields (timestamp, frame) in order. Where MPEG-4 has the header of a picture and no
-    more (not coded, as XviD writes still scenes), the picture before is shown again."""
+    """Yields (timestamp, frame) in order. Where MPEG-4 has the header of a picture and no more (not
+    coded, as XviD writes still scenes), the picture before is shown again."""
     before, again = None, []
     for packet in container.demux(stream):
         frames = packet.decode()
@@ -527,7 +513,7 @@ def either_way(read):
 
 
 def to_picture(frame, side=None, converter=None):
-    """A decoded frame -> uint8 (3, H, W), RGB, upright; side: as in read_frames."""
+    """A decoded frame -> uint8 (3, H, W), RGB, upright; side: as in read_frames"""
     size = frame.width, frame.height
     scaled = [max(1, round(a * side / min(size))) for a in size] if side else size
     picture = (converter or VideoReformatter()).reformat(
@@ -537,10 +523,8 @@ def to_picture(frame, side=None, converter=None):
 
 
 def read_frames(path, indices, side=None):
-    """Decode the frames at `indices` (any order, repeats allowed) -> uint8 (T, 3, H, W).
-
-    side: the shorter side in pixels, resized (bicubic) while converting to RGB; None keeps the
-    size. Rotation flags are honoured. Raises BadVideo."""
+    """Decode the frames at `indices` (any order, repeats allowed) -> uint8 (T, 3, H, W), upright.
+    side: the shorter side in pixels, resized (bicubic) on the way to RGB. Raises BadVideo."""
     def read(seek):
         converter, frames = VideoReformatter(), decode(path, indices, seek)
         return {at: to_picture(frame, side, converter) for at, frame in frames if at in wanted}
@@ -557,9 +541,8 @@ def read_stream(source):
     stated rate. Damaged packets are skipped. Raises BadVideo, also where a file ends early."""
     form, _, name = source.partition(":")
     if form not in ("avfoundation", "dshow", "lavfi", "v4l2"):
-        form, name = None, "pipe:0" if source == "-" else source
-    if source.startswith("/dev/video"):
-        form = "v4l2"
+        form = "v4l2" if source.startswith("/dev/video") else None
+        name = "pipe:0" if source == "-" else source
     options = {"framerate": "30"} if form == "avfoundation" else {}  # its default fits few cameras
     t, before = 0., None
     with open_video(source, name, format=form, options=options) as (container, stream):
@@ -568,11 +551,11 @@ def read_stream(source):
                 frames = packet.decode()
             except av.error.InvalidDataError:
                 continue
+            lasts = 1 / float(stream.guessed_rate or 25)
             for frame in frames:
                 if before is not None:
                     passed = 0 if frame.time is None else frame.time - before
-                    if not 0 < passed < 10:
-                        passed = 1 / float(stream.guessed_rate or 25)
+                    passed = passed if 0 < passed < 10 else lasts
                     t += max(passed, .001)  # a film cannot hold two frames of the same ms
                 before = frame.time or 0.
                 yield t, frame
@@ -605,8 +588,8 @@ def p_frames(path):
 
 class Coded(NamedTuple):
     """S frames of a clip as they are stored. intra, frame: their I-frames and they themselves,
-    decoded, uint8 (S, 3, H, W), or None; motion: int16 (S, 2, h, w), x and y in quarters of a
-    pixel, at every 4th pixel; size: (H, W)."""
+    uint8 (S, 3, H, W), or None; motion: int16 (S, 2, h, w), x and y in quarters of a pixel, at
+    every 4th pixel; size: (H, W)."""
     intra: torch.Tensor | None
     frame: torch.Tensor | None
     motion: torch.Tensor
@@ -618,13 +601,12 @@ class Coded(NamedTuple):
 
 
 def read_compressed(path, indices, pictures=True, whole=False, step=4):
-    """Decode the frames at `indices` with their I-frames and the motion between the two, MV above,
-    in one pass over each GOP -> Coded. The motion of an I-frame is 0.
+    """Decode the frames at `indices` with their I-frames and the motion between the two, MV above
+    (of an I-frame: 0), in one pass over each GOP -> Coded.
 
     pictures=False: motion alone; the decoder skips what only pictures need. whole: truncate vectors
-    to whole pixels as CoViAR does. step: trace every step-th pixel, from the middle of a step x
-    step block. Raises BadVideo as read_frames does, for what VideoIndex.unfit names, for interlaced
-    and rotated frames: re-encode these."""
+    to whole pixels as CoViAR does. step: trace the middle of each step x step block. Raises
+    BadVideo, also for what VideoIndex.unfit names and for interlaced or rotated frames."""
     if reason := video_index(str(path)).unfit:
         raise BadVideo(path, f"{reason}: re-encode it")
     export = {} if pictures else {"skip_idct": "all", "skip_loop_filter": "all"}
@@ -658,8 +640,7 @@ def read_compressed(path, indices, pictures=True, whole=False, step=4):
 
 
 def _trace(frames, H, W, whole, step):
-    """MV of one frame, from the vectors of its P-frames as bytes, oldest first -> int16 (2, h, w),
-    x and y in quarters of a pixel"""
+    """MV of one frame, from the vectors of its P-frames as bytes, oldest first -> int16 (2, h, w)"""
     y, x = np.mgrid[step // 2:H + step // 2:step, step // 2:W + step // 2:step].astype(np.int16)
     start = 4 * np.stack([np.minimum(x, W - 1), np.minimum(y, H - 1)]) + np.int16(2)
     at, border = start.copy(), np.array([4 * W - 2, 4 * H - 2], np.int16)[:, None, None]
@@ -687,8 +668,8 @@ def _field(vectors, H, W, whole):
 
 
 def modalities(coded, step=4):
-    """Coded -> mv float (S, 2, H, W), in pixels; r, F - I(A), float (S, 3, H, W), whole numbers of
-    -255..255; i uint8 (S, 3, H, W). Exactly: F = round(warp(i, mv)) + r. Without pictures: mv."""
+    """Coded -> mv (S, 2, H, W), in pixels; r = F - I(A) (S, 3, H, W), whole numbers of -255..255; i
+    uint8 (S, 3, H, W). Exactly: F = round(warp(i, mv)) + r. Without pictures: (mv,)"""
     H, W = coded.size
     mv = coded.motion.repeat_interleave(step, -1).repeat_interleave(step, -2)[..., :H, :W] / 4
     if coded.frame is None:
@@ -706,9 +687,9 @@ def warp(i, mv):
 
 
 def reencode(path, out):
-    """Write a video in CoViAR's form: MPEG-4 part 2, 340 x 256, an I-frame at least every 12
-    frames, no B-frames, quantiser 2 (FFmpeg's -q:v 1), to the path `out`. Frame by frame at a
-    constant rate; a rotation flag is carried out. Raises BadVideo, also where frames are lost."""
+    """Write a video in CoViAR's form to `out`: MPEG-4 part 2, 340 x 256, an I-frame at least every
+    12 frames, no B-frames, quantiser 2 (FFmpeg's -q:v 1), frame by frame at a constant rate,
+    upright. Raises BadVideo."""
     count = video_index(str(path)).count
     with av.open(f"file:{out}", "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=25, options={
@@ -728,8 +709,7 @@ def reencode(path, out):
 
 
 def coded_copy(path, folder):
-    """Path of a clip's copy in CoViAR's form, in `folder`, made where it is missing or older than
-    the clip. Raises BadVideo."""
+    """Path of a clip's copy in CoViAR's form, in `folder`, made if need be. Raises BadVideo."""
     number = zlib.crc32(os.path.abspath(path).encode())
     out = Path(folder) / Path(path).parent.name / f"{Path(path).stem}-{number:08x}.mp4"
     if not out.exists() or out.stat().st_mtime < os.path.getmtime(path):
@@ -741,8 +721,8 @@ def coded_copy(path, folder):
 
 
 # ---- loaders -------------------------------------------------------------------------------------
-# Whatever is random about a clip in an epoch comes from a generator seeded by (seed, epoch, index):
-# it does not depend on the number of workers or processes, nor on a resume.
+# What is random about a clip comes from a generator seeded by (seed, epoch, index): it depends
+# neither on the number of workers or processes nor on a resume.
 
 
 class Sample(NamedTuple):
@@ -758,9 +738,9 @@ class Clips(torch.utils.data.Dataset):
     """Decodes the clip of a key (epoch, index) -> Sample.
 
     clips: list of (path, class index). frames: T or S. side: shorter side in pixels. sampling:
-    `tsn`; `dense`, with `views` windows at test; or `coded`, a P-frame of each of S segments, of
-    coded_copy in the folder `copies` if given. train: random frames, and another clip in place of
-    one that cannot be decoded; in testing it is black, has label -1 and so counts as wrong."""
+    `tsn`; `dense`, with `views` windows at test; or `coded`, a P-frame of each of S segments (of
+    copies in the folder `copies`, if given). train: random frames, and another clip in place of one
+    that cannot be decoded; in testing it is black, has label -1 and so counts as wrong."""
 
     def __init__(self, clips, frames, side=None, sampling="tsn", views=1, train=False, seed=0,
                  copies=None):
@@ -805,8 +785,8 @@ class Clips(torch.utils.data.Dataset):
 
 
 class ClipOrder(torch.utils.data.Sampler):
-    """Batches of keys (epoch, index). Training: shuffled anew each epoch (set .epoch), and whole
-    batches only. Testing: every clip once. batch counts the clips of all processes."""
+    """Batches of keys (epoch, index). Training: shuffled in each epoch (set .epoch), whole batches
+    only. Testing: every clip once. batch counts the clips of all processes."""
 
     def __init__(self, count, batch, train=False, seed=0, rank=0, world=1):
         self.count, self.batch, self.train, self.seed = count, batch, train, seed
@@ -830,8 +810,8 @@ def _collate(samples):
 
 class ClipLoader(torch.utils.data.DataLoader):
     """DataLoader over Clips; its batches are Samples of lists. Set .order.epoch. batch: of all
-    processes together. Clips that cannot be decoded go into `bad`, {path: reason}, and are named
-    once on stderr. Raises BadInput when they are more than ten and more than 1 % of the clips."""
+    processes. Clips that cannot be decoded go into `bad`, {path: reason}, and are named once on
+    stderr. Raises BadInput when they are more than ten and more than 1 % of the clips."""
 
     def __init__(self, clips, batch, workers=0, rank=0, world=None, bad=None):
         if world is None:
@@ -856,8 +836,8 @@ class ClipLoader(torch.utils.data.DataLoader):
                 self.lost.add(path)
             stuck = self.dataset.train and -1 in batch.label
             if stuck or len(self.lost) > max(10, .01 * len(self.dataset)):
-                raise BadInput(f"{len(self.lost)} of {len(self.dataset)} clips cannot be decoded, the "
-                               f"last one {list(self.bad)[-1]}; take them off the list")
+                raise BadInput(f"{len(self.lost)} of {len(self.dataset)} clips cannot be decoded, "
+                               f"last {list(self.bad)[-1]}; take them off the list")
             yield batch
 
 
@@ -865,8 +845,7 @@ class ClipLoader(torch.utils.data.DataLoader):
 
 
 def centre_crop(videos, size):
-    """Test view, the middle square. List of uint8 (T, 3, H, W) -> float (B, T, 3, size, size) in
-    0..1"""
+    """Test view, the middle: list of uint8 (T, 3, H, W) -> float (B, T, 3, size, size) in 0..1"""
     return torch.stack([TF.center_crop(video, [size, size]) for video in videos]).float() / 255
 
 
@@ -876,11 +855,9 @@ def mirrors(classes):
 
 
 def augment(video, size, rng, may_flip, scales=(1, .875, .75, .66)):
-    """Training view of one clip as in ActionCLIP, but drawn once for all its frames: flicker is not
-    in the video. uint8 (T, 3, H, W) -> float (T, 3, size, size) in 0..1
-
-    A crop whose sides are `scales` times the shorter side of the clip, resized bilinearly; flip
-    p .5; colour jitter p .8 (.4, .4, .2, .1); grey p .2. rng: numpy generator."""
+    """Training view as in ActionCLIP, but drawn once for all frames of a clip, since videos do not
+    flicker. uint8 (T, 3, H, W) -> float (T, 3, size, size) in 0..1. A crop with sides of `scales`
+    times the shorter side; flip p .5; colour jitter p .8 (.4, .4, .2, .1); grey p .2."""
     H, W = video.shape[-2:]
     first = int(rng.integers(len(scales)))  # the other side is at most one step away
     second = int(np.clip(first + rng.integers(-1, 2), 0, len(scales) - 1))
@@ -900,8 +877,8 @@ def augment(video, size, rng, may_flip, scales=(1, .875, .75, .66)):
 
 
 def training_view(batch, size, mirror, seed, device):
-    """augment for a batch of a loader, the same draws at any size; networks of few pixels get
-    milder crops. mirror: bool per class. -> float (B, T, 3, size, size) in 0..1"""
+    """augment for a batch of a loader, with the same draws at any size; small networks get milder
+    crops. mirror: bool per class. -> float (B, T, 3, size, size) in 0..1"""
     scales, out = (1, .875, .75, .66) if size > 100 else (1, .875), []
     for video, label, key in zip(batch.video, batch.label, batch.key, strict=True):
         rng = np.random.default_rng([seed, *key, 2])
@@ -935,8 +912,8 @@ def compressed_view(clips, size, rngs=None, mirror=None, scales=(1, .875, .75)):
 
 
 def contact_sheet(clips, lines, frames, path):
-    """Write a picture of clips [(path, label)]: of `lines`, {index: (words, good)}, eight, a row
-    each, framed green where good, else red"""
+    """Write a picture of eight clips [(path, label)], those of `lines`, {index: (words, good)}: a
+    row each, framed green where good, else red."""
     rows, known = [], sorted(lines)
     for i in known[::max(1, len(known) // 8)][:8]:
         video = centre_crop([Clips(clips, frames, 128)[0, i].video], 128)[0]
@@ -973,10 +950,9 @@ def build_clip(spec, cache="runs/cache"):
     """Build a CLIP from NAME[:WEIGHTS] -> (clip, tokenizer, what read_weights found or {}).
 
     NAME: one of CLIPS, or of open_clip's with two plain towers. WEIGHTS: a tag of open_clip's, a
-    file that read_weights knows, or `random`; without it, toy CLIPs come pre-trained and others
-    are random. The activation goes with the weights (OpenAI's: QuickGELU, TinyCLIP's and LAION's:
-    GELU; mixing them loads without a word and costs accuracy), of a bare file with NAME
-    (ViT-B-32-quickgelu). Raises BadInput."""
+    file that read_weights knows, or `random`; without it, toy CLIPs come pre-trained, others are
+    random. The activation is that of the weights (OpenAI: QuickGELU, TinyCLIP, LAION: GELU; mixing
+    them loads without a word and costs accuracy), for a bare file of NAME. Raises BadInput."""
     name, _, weights = spec.partition(":")
     config = CLIPS.get(name) or open_clip.get_model_config(name) or {}
     known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
@@ -993,13 +969,13 @@ def build_clip(spec, cache="runs/cache"):
         tag = open_clip.get_pretrained_cfg(name, weights)
         if not tag:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-            raise BadInput(f"{spec}: no such file, nor a tag of {name}, which has {tags}; TinyCLIP's "
-                           f"files are in github's wkcn/TinyCLIP-model-zoo")
+            raise BadInput(f"{spec}: no such file, nor a tag of {name}, which has {tags}; files of "
+                           f"TinyCLIP: github.com/wkcn/TinyCLIP-model-zoo")
         try:
             path = open_clip.download_pretrained(tag)
         except Exception as error:
-            raise BadInput(f"{spec}: no download ({type(error).__name__}); fetch the file otherwise "
-                           f"and say {name}:FILE, of OpenAI {name}-quickgelu:FILE") from error
+            raise BadInput(f"{spec}: no download ({type(error).__name__}); get the file and say "
+                           f"{name}:FILE, of OpenAI {name}-quickgelu:FILE") from error
     saved = read_weights(path) if path else {}
     quick_gelu = saved.get("quick_gelu", tag.get("quick_gelu", config.get("quick_gelu", False)))
     clip = open_clip.CLIP(**{**config, "quick_gelu": quick_gelu})
@@ -1017,7 +993,7 @@ def read_weights(path):
     - {"state_dict": {"module.visual...": ...}} (TinyCLIP, open_clip), or the bare tensors
     - OpenAI's TorchScript archive; adds quick_gelu=True
     - ActionCLIP's {"model_state_dict", "fusion_model_state_dict"}; adds fusion=state and
-      quick_gelu=True. Our checkpoints are such files, and say quick_gelu and more themselves."""
+      quick_gelu=True. Ours are such files, and say quick_gelu and more themselves."""
     more = {}
     try:
         try:
@@ -1037,8 +1013,7 @@ def read_weights(path):
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except Exception as error:
-        raise BadInput(f"{path} is no file of weights in a format that is known here "
-                       f"({type(error).__name__})") from error
+        raise BadInput(f"{path} holds no weights in a known format ({error!r:.99})") from error
     return {"clip": state, **more}
 
 
@@ -1091,12 +1066,10 @@ class FusionHead(nn.Module):
 
         z = transformer(f + p), p of T positions, 6 pre-LN blocks, no mask;  mean_t(z_t + f_t)
 
-    Names, shapes and the init of .02 are those of the official checkpoints. Beside embeddings that
-    are not normalised, such positions are nearly nothing: the head sees the axis of a motion long
-    before its direction. The toy CLIPs, soon trained, start from larger ones.
-
-    token: a learned token with a position of its own stands before the frames. read() and
-    one_vector() are eqs. (3) and (8) of deit_video.py, here since all scripts load such heads."""
+    Names, shapes and the init of .02 are the official checkpoints'. Beside embeddings that are not
+    normalised such positions are nearly nothing, and the direction of a motion is learnt late; the
+    toy CLIPs, soon trained, start from larger ones. token: a learned token with its own position
+    stands first; read() and one_vector() are eqs. (3) and (8) of deit_video.py."""
 
     def __init__(self, width, heads, layers=6, std=.02, position_std=.02, token=False):
         super().__init__()
@@ -1143,11 +1116,9 @@ class MeanHead(nn.Module):
 
 
 class ActionCLIP(nn.Module):
-    """A CLIP and a fusion head: videos and texts -> embeddings of one space, not normalised.
-
-    name: of the backbone; frames: T of the checkpoint it came from, or None; size: side of the
-    square frames; side: shorter side that clips are decoded to, 256 for frames of 224; width: D.
-    Pixels are normalised in here, each CLIP's own way."""
+    """A CLIP and a fusion head: videos and texts -> embeddings of one space, not normalised. Pixels
+    are normalised in here, each CLIP's own way. name: of the backbone; frames: T of the checkpoint,
+    or None; size: side of the frames; side: shorter side to decode to (224: 256); width: D."""
 
     def __init__(self, name, clip, tokenizer, fusion_layers=6, token=False):
         super().__init__()
@@ -1216,8 +1187,7 @@ def build_action_clip(spec, fusion_layers=6, cache="runs/cache", token=False, ch
     if checkpoint:
         saved = read_weights(checkpoint)
         if "fusion" not in saved:
-            raise BadInput(f"{checkpoint} holds no fusion head, so it is no ActionCLIP; a CLIP "
-                           f"alone is named NAME:{checkpoint}")
+            raise BadInput(f"{checkpoint} holds no fusion head; a CLIP alone is NAME:{checkpoint}")
         spec = f"{saved.get('backbone', spec.partition(':')[0])}:{checkpoint}"
     clip, tokenizer, saved = build_clip(spec, cache)
     name, _, path = spec.partition(":")
@@ -1234,7 +1204,7 @@ def build_action_clip(spec, fusion_layers=6, cache="runs/cache", token=False, ch
 
 class Task(NamedTuple):
     """Something else to be said of a clip than its action: L labels, the sentences they are put
-    into, whether several may be true at once, and q (N, L), how likely each is in N clips."""
+    into, may several be true at once, and q (N, L), how likely each is in N clips."""
     name: str
     labels: list
     templates: list = ("a photo of {}",)
@@ -1243,9 +1213,9 @@ class Task(NamedTuple):
 
 
 class SpatialHeads(nn.Module):
-    """A head h_k per task on the video vector: logits s_k h_k(v)^ t_k^', eq. (4) of spatial_kd.py.
-    It starts as the identity, with the scale of the model. Where several labels may be true, the
-    mean cosine is the zero of the sigmoid, since CLIP's cosines are all positive."""
+    """A head h_k per task on the video vector: logits s_k h_k(v)^ t_k^', eq. (4) of spatial_kd.py;
+    starts as the identity, with the model's scale. Where several labels may be true, the mean
+    cosine is the zero of the sigmoid, since CLIP's cosines are all positive."""
 
     def __init__(self, D, tasks, scale):
         super().__init__()
@@ -1290,12 +1260,10 @@ def _toy_resnet():
 
 
 class ExitNet(nn.Module):
-    """The network of one modality, with exits behind layer1, 2 and 3 of a ResNet; its own
-    classifier is exit 4. mv and r start with a BatchNorm, i with ImageNet's mean and std.
-
-    name: `toy` or any ResNet of torchvision (ResNeXt and Wide ResNet, too). imagenet:
-    torchvision's weights, but for the classifier and mv's first layer. Raises BadInput.
-    """
+    """The network of one modality, with exits behind layer1, 2 and 3 of a ResNet; exit 4 is its own
+    classifier. mv and r start with a BatchNorm, i with ImageNet's mean and std. name: `toy` or any
+    ResNet of torchvision; imagenet: torchvision's weights, but for the classifier and mv's first
+    layer. Raises BadInput."""
 
     def __init__(self, modality, name, classes, imagenet=False):
         super().__init__()
@@ -1341,9 +1309,8 @@ class ExitNet(nn.Module):
 
 
 class ExitHead(nn.Sequential):
-    """An exit: Conv2d, BatchNorm2d, AdaptiveAvgPool2d(4), Linear, without any activation, as in the
-    paper's code. (B*S, c, h, w), S -> consensus logits (B, K): what is linear commutes with the
-    mean over segments, which therefore comes first."""
+    """An exit, without any activation as in the paper's code: (B*S, c, h, w), S -> consensus logits
+    (B, K). What is linear commutes with the mean over segments, which therefore comes first."""
 
     def __init__(self, width, out, kernel, classes):
         super().__init__(nn.Conv2d(width, out, kernel, padding=1, bias=False), nn.BatchNorm2d(out),
@@ -1356,9 +1323,8 @@ class ExitHead(nn.Sequential):
 
 
 def exit_heads(net, classes):
-    """Exits 1 to 3 of an ExitNet, with the convolutions of the paper's code: for networks of basic
-    blocks (ResNet-18) c to c, kernels 7, 3, 3; of bottlenecks (ResNet-50) 256 to 64, 512 to 256,
-    1024 to 1024, kernels 3."""
+    """Exits 1 to 3 of an ExitNet as in the paper's code: for basic blocks (ResNet-18) c to c,
+    kernels 7, 3, 3; for bottlenecks (ResNet-50) 256 to 64, 512 to 256, 1024 to 1024, kernels 3."""
     heads = nn.ModuleList()
     for k in range(3):
         width = net.layers[k + 1][0].conv1.in_channels
@@ -1369,7 +1335,7 @@ def exit_heads(net, classes):
 
 
 def exit_logits(net, heads, x):
-    """The consensus logits (B, K) of exits 1 to 4 for x (B, S, C, H, W), one after the other: what
-    lies behind an exit runs only when the next is asked for."""
+    """Consensus logits (B, K) of exits 1 to 4 for x (B, S, C, H, W), one after the other: what lies
+    behind an exit runs only when the next is asked for."""
     for k, f in enumerate(net.stages(x)):
         yield heads[k](f, x.shape[1]) if k < 3 else net.classify(f, x.shape[1])
