@@ -33,12 +33,12 @@ The plain command printed (2 cores of an x86_64 CPU, torch 2.15.0):
 RESULT tinyclip_swap data=toy split=1 seed=0 large=0.9800 small=0.9367 gmac_ratio=0.482 seconds=106
 
 Differs from ActionCLIP's code (sallymmx/ActionCLIP @31c34df): fp32 weights with bf16 autocast, not
-fp16; frames are drawn at random in their segments; colour jitter is drawn once per clip; no weight
-decay on norms, biases, embeddings and scales; logit_scale is at most ln 100; gradients are clipped
-at norm 1; the last epoch is reported, not the best; class names are words (its list of UCF101 has
-ApplyEyeMakeup: --eval-only of its checkpoints uses these). From Text4Vis's dense test: it averages
-features over views, not probabilities. From TinyCLIP: eq. (3) has weight 1 beside eq. (1); the
-large model's scale is 50 as there, the small one's is learned.
+fp16; frames are random in their segments; jitter is drawn once per clip; no weight decay on norms,
+biases, embeddings and scales; logit_scale is at most ln 100; gradients are clipped at norm 1; the
+last epoch counts, not the best; class names are words (--eval-only of its UCF101 checkpoints uses
+its ApplyEyeMakeup). From Text4Vis's dense test: it averages features over views, not probabilities.
+From TinyCLIP: eq. (3) has weight 1 beside eq. (1); the large model's scale is 50 as there, the
+small one's is learned.
 """
 import argparse
 import collections
@@ -177,9 +177,6 @@ def train(arm, model, large, data, args, run, log):
     prompts = model.prompts(data.classes)                                       # (16, K, L)
     prompts_t = large.prompts(data.classes) if large else None                  # (16, K, L_t)
     mirror = common.mirrors(data.classes)
-    if large:
-        large.eval()  # frozen: it runs without gradients
-
     for epoch in range(len(rows), args.epochs):
         began, sums = time.time(), torch.zeros(2, device=DEVICE)
         loader.order.epoch = epoch
@@ -193,9 +190,9 @@ def train(arm, model, large, data, args, run, log):
             v, t = gather(v.float()), gather(t.float())                         # (B, D)
             pair, affinity = kl_pair(v, t, labels, scale), torch.zeros((), device=DEVICE)
             if large:
-                with torch.no_grad(), autocast():
+                with torch.no_grad(), autocast():  # frozen
                     view = common.training_view(batch, large.size, mirror, args.seed, DEVICE)
-                    v_t, t_t, _ = large(view, prompts_t[draws, batch.label])
+                    v_t, t_t, _ = large.eval()(view, prompts_t[draws, batch.label])
                 v_t, t_t = gather(v_t.float()), gather(t_t.float())             # (B, D_t)
                 affinity = affinity_loss(v, t, v_t, t_t, scale, SCALE_T)
             (pair + AFFINITY_WEIGHT * affinity).backward()
@@ -203,12 +200,11 @@ def train(arm, model, large, data, args, run, log):
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            with torch.no_grad():
-                model.clip.logit_scale.clamp_(max=math.log(100))
-                sums += torch.stack([pair, affinity]) / len(loader)
-        speed = len(loader) * loader.order.batch / (time.time() - began)
-        row = {"arm": arm, "epoch": epoch + 1, "kl_pair": sums[0].item(),
-               "affinity": sums[1].item(), "clips_per_s": speed}
+            model.clip.logit_scale.data.clamp_(max=math.log(100))
+            sums += torch.stack([pair, affinity]).detach() / len(loader)
+        row = {"arm": arm, "epoch": epoch + 1}
+        row.update(zip(("kl_pair", "affinity"), sums.tolist(), strict=True))
+        row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
         keep(row, rows, args.epochs, path, flags, model.about(args.frames), parts)
     log += rows
 
@@ -381,10 +377,10 @@ def watch(args):
         film.close()
     if not spent and end != "Ctrl-C":
         raise common.BadInput(f"--watch {args.watch}: {end}")
-    numbers = [f"read={counts.total()}"]
-    numbers += [f"{kind}={counts[kind]}" for kind in ("shown", "skipped", "dropped")]
-    numbers += [f"p{p}_ms={np.percentile(spent or [0], p):.1f}" for p in (50, 95)]
-    print(f"{line}\n{end}\nRESULT tinyclip_swap watch={args.watch} {' '.join(numbers)}")
+    p50, p95 = np.percentile(spent or [0], (50, 95))
+    print(f"{line}\n{end}\nRESULT tinyclip_swap watch={args.watch} read={counts.total()} "
+          f"shown={counts['shown']} skipped={counts['skipped']} dropped={counts['dropped']} "
+          f"p50_ms={p50:.1f} p95_ms={p95:.1f}")
     if end not in ("end of the stream", "Ctrl-C"):
         sys.exit(1)
 
@@ -407,14 +403,13 @@ def parse(argv=None):
     add("--small", default="toy-small", help="NAME[:WEIGHTS] of the one swapped in")
     add("--fusion-layers", type=int, default=6, help="of the fusion head; 0: mean over frames")
     add("--recover", choices=("none", "affinity"), default="none", help="a third arm, with eq. (3)")
-    add("--checkpoint", "--eval-only", metavar="FILE", help="no training: test this checkpoint, "
-        "ours or ActionCLIP's, or --watch with it")
+    add("--checkpoint", "--eval-only", metavar="FILE", help="test it, or --watch with it")
     add("--epochs", type=int, help="6 for toy clips, else 50, as ActionCLIP")
     add("--batch-size", type=int, default=32, help="of all processes together")
     add("--lr", type=float, help="of CLIP's towers; 4e-4 for toys, else 5e-6, as ActionCLIP")
     add("--compile", action="store_true", help="torch.compile the networks")
-    add("--watch", metavar="SOURCE", help="live: a file, an address, - (standard input) or a "
-        "camera: /dev/video0, avfoundation:0, dshow:video=NAME")
+    add("--watch", metavar="SOURCE", help="live: a file, an address, - (standard input), a camera "
+        "(/dev/video0, avfoundation:0, dshow:video=NAME)")
     add("--labels", default="", help='of --watch, in any words: "waving, running, a dog jumping"')
     add("--fps", type=float, default=4., help="frames sampled per second of --watch")
     add("--no-drop", action="store_true", help="wait for each frame, at whatever speed")
@@ -439,24 +434,6 @@ def parse(argv=None):
     return args
 
 
-def build_arms(args, cache):
-    """-> {name of the arm: ActionCLIP}; with --checkpoint it alone"""
-    specs, models = {"large": args.large, "small": args.small}, {}
-    if args.recover == "affinity":
-        specs["small+affinity"] = args.small
-    if args.checkpoint:
-        specs = {"checkpoint": args.large}
-    for arm, spec in specs.items():
-        torch.manual_seed(args.seed)  # the arms do not depend on each other
-        model = common.build_action_clip(spec, args.fusion_layers, cache, False, args.checkpoint)
-        models[arm] = model.to(DEVICE)
-        if args.compile:
-            torch.compiler.config.recompile_limit = 64  # arms x batch sizes x training, testing
-            model.encode_video = torch.compile(model.encode_video)
-    args.frames = model.frames if args.checkpoint and model.frames else args.frames
-    return models
-
-
 def main(argv=None):
     """Train, test and measure the arms. -> {arm: numbers}"""
     args, began = parse(argv), time.time()
@@ -466,13 +443,25 @@ def main(argv=None):
         dist.init_process_group("nccl" if GPU else "gloo")
     if args.watch:
         return watch(args)
-    cache = Path(args.out) / "cache"
-    data = common.read_data(args.data, args.split, args.allow_missing, cache,
-                            "toy-diagonals" if args.unseen else "toy")
+    cache, toys = Path(args.out) / "cache", "toy-diagonals" if args.unseen else "toy"
+    data = common.read_data(args.data, args.split, args.allow_missing, cache, toys)
     tests = common.split_unseen(data, args.unseen, args.seed)
-    data, models = tests[""], build_arms(args, cache)
-    if args.checkpoint and "backbone" not in common.read_weights(args.checkpoint):
-        data.classes = data.official or data.classes
+    data, arms, models = tests[""], {"large": args.large, "small": args.small}, {}
+    if args.recover == "affinity":
+        arms["small+affinity"] = args.small
+    if args.checkpoint:
+        arms = {"checkpoint": args.large}
+        if "backbone" not in common.read_weights(args.checkpoint):
+            data.classes = data.official or data.classes
+    for arm, spec in arms.items():
+        torch.manual_seed(args.seed)  # the arms do not depend on each other
+        model = common.build_action_clip(spec, args.fusion_layers, cache, False, args.checkpoint)
+        models[arm] = model.to(DEVICE)
+        if args.checkpoint:
+            args.frames = model.frames or args.frames
+        if args.compile:
+            torch.compiler.config.recompile_limit = 64  # arms x batch sizes x training, testing
+            model.encode_video = torch.compile(model.encode_video)
     run = Path(args.out) / "tinyclip_swap" / f"{data.name}-s{args.split}-seed{args.seed}"
     run.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
