@@ -388,9 +388,9 @@ def costs(streams, exits, args):
 
 def flatness(streams, data, args, clips=128, probes=30, sizes=(.01, .03, .1)):
     """How flat the minimum of each network is, on some training clips in the test view, BatchNorm
-    on running statistics: the trace of the Hessian of the cross entropy (Hutchinson: E[v H v], v of
-    +1 and -1), and the rise of the loss with eps |w| u / |u|, u normal, added to each tensor w. ->
-    rows, mean and standard error over the probes"""
+    on running statistics: the trace of the Hessian H of the cross entropy (Hutchinson: E[v H v], v
+    of +1 and -1), and the rise of the loss with eps |w| u / |u|, u normal, added to each tensor w.
+    -> rows, mean and standard error over the probes"""
     chosen = np.random.default_rng(args.seed).permutation(len(data.train))[:clips]
     part = common.Clips([data.train[i] for i in chosen], args.segments, None, "coded",
                         copies=args.copies)
@@ -398,18 +398,24 @@ def flatness(streams, data, args, clips=128, probes=30, sizes=(.01, .03, .1)):
     for batch in common.ClipLoader(part, args.batch_size, args.workers, 0, 1, data.bad):
         batches.append((see(batch, args), torch.tensor(batch.label, device=DEVICE)))
     for stream, net in streams.eval().nets.items():
-        generator = torch.Generator(DEVICE).manual_seed(args.seed)
+        draw = functools.partial(torch.randn, device=DEVICE,
+                                 generator=torch.Generator(DEVICE).manual_seed(args.seed))
+        weights, found = list(net.parameters()), {"trace": np.zeros(probes)}
         loss = sum(share.item() for share in loss_shares(net, stream, batches))
-        found = {"trace": [hessian_probe(net, stream, batches, generator) for _ in range(probes)]}
+        for n in range(probes):
+            v = [draw(w.shape).sign() for w in weights]
+            for share in loss_shares(net, stream, batches):
+                slopes = torch.autograd.grad(share, weights, create_graph=True)
+                Hv = torch.autograd.grad(slopes, weights, v)
+                found["trace"][n] += sum((a * b).sum().item() for a, b in zip(Hv, v, strict=True))
         for eps, _ in itertools.product(sizes, range(probes)):
             near = copy.deepcopy(net).requires_grad_(False)
             for w in near.parameters():
-                u = torch.randn(w.shape, generator=generator, device=DEVICE)
+                u = draw(w.shape)
                 w += eps * w.norm() * u / u.norm()
             rise = sum(share.item() for share in loss_shares(near, stream, batches)) - loss
             found.setdefault(f"rise{eps:g}", []).append(rise)
-        rows.append({"stream": stream, "M": sum(w.numel() for w in net.parameters()) / 1e6,
-                     "loss": loss})
+        rows.append({"stream": stream, "M": sum(w.numel() for w in weights) / 1e6, "loss": loss})
         for name, x in found.items():
             se = np.std(x, ddof=1) / probes ** .5
             rows[-1] |= {name: float(np.mean(x)), f"se {name}": float(se)}
@@ -423,17 +429,6 @@ def loss_shares(net, stream, batches):
     for x, labels in batches:
         z = net(x[stream])[1]
         yield F.cross_entropy(z, labels, ignore_index=-1, reduction="sum") / count
-
-
-def hessian_probe(net, stream, batches, generator):
-    """v H v for one v, H the Hessian of the mean cross entropy"""
-    weights, total = list(net.parameters()), 0.
-    v = [torch.randn(w.shape, generator=generator, device=DEVICE).sign() for w in weights]
-    for share in loss_shares(net, stream, batches):
-        slopes = torch.autograd.grad(share, weights, create_graph=True)
-        Hv = torch.autograd.grad(slopes, weights, v)
-        total += sum((h * v_w).sum() for h, v_w in zip(Hv, v, strict=True)).item()
-    return total
 
 
 def draw_streams(data, args, path):
