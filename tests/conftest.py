@@ -34,7 +34,7 @@ def toy(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def coded(tmp_path_factory):
-    """A small data set for the compressed scripts: of each class, 4 clips to train on, 2 to test."""
+    """A small data set for the compressed scripts: 4 training and 2 test clips of each class."""
     folder = tmp_path_factory.mktemp("data") / "small-pairs"
     common.make_toy_folder(folder, train=48, test=24, pairs=True)
     return folder
@@ -79,6 +79,21 @@ def shared():
     if not folder.is_dir():
         pytest.skip("no real clips beside the checkout")
     return folder
+
+
+@pytest.fixture
+def hmdb51(shared, tmp_path):
+    """HMDB51 as released, with the few clips of it that are there"""
+    root = tmp_path / "HMDB51"
+    root.mkdir()
+    (root / "testTrainMulti_7030_splits").symlink_to(shared / "splits/testTrainMulti_7030_splits")
+    for clip in (shared / "clips").glob("*.avi"):
+        name = clip.name.removeprefix("hmdb51_")
+        if not name.startswith("v_"):
+            folder = root / ("cartwheel" if "cartwheel" in name else "wave")
+            folder.mkdir(exist_ok=True)
+            (folder / name).symlink_to(clip)
+    return root
 
 
 @pytest.fixture(scope="session")
