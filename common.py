@@ -36,9 +36,11 @@ from av.codec.context import Flags2
 from av.sidedata.sidedata import SideDataContainer
 from av.video.frame import PictureType
 from av.video.reformatter import Interpolation, VideoReformatter
+from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD
 from open_clip.transformer import QuickGELU, Transformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision import models
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms.v2 import functional as TF
 
@@ -117,7 +119,7 @@ def toy_clip(truth, frames=16, pixels=64):
 
 
 def write_video(path, frames, fps=24, codec="mpeg4", pix_fmt="yuv420p", **options):
-    """Encode uint8 frames (N, H, W, 3), every 12th as an I-frame, others P; options: the codec's."""
+    """Encode uint8 frames (N, H, W, 3), every 12th an I-frame, others P; options: the codec's."""
     options = {"g": "12", "bf": "0", "qmin": "2", "qmax": "4", **options}
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps, options=options)
@@ -129,8 +131,8 @@ def write_video(path, frames, fps=24, codec="mpeg4", pix_fmt="yuv420p", **option
 
 def make_toy_folder(folder, train=1200, test=300, seed=0, pairs=False, motions=tuple(MOTIONS)):
     """Draw and encode toy clips into `folder`: lists of splits 1 and 2, truth.json and the clips.
-    pairs: split 1 alone, of classes "circle moving left", ..., in larger and longer clips that have
-    a vector per 8 pixels."""
+    pairs: split 1 alone, of classes "circle moving left", ..., in larger and longer clips with a
+    vector per 8 pixels."""
     rng, truths = np.random.default_rng(seed), {}
     shape, options = ((24, 96), {"flags": "+mv4"}) if pairs else ((16, 64), {})
     parts = [("train", train, "train1"), ("test", test, "test1"), ("swapped", test, "test2")]
@@ -146,9 +148,10 @@ def make_toy_folder(folder, train=1200, test=300, seed=0, pairs=False, motions=t
             if pairs:
                 truth["shape"] = ("circle", "cross")[i // len(motions) % 2]
                 label = f"{truth['shape']} {label}"
-            rows.append((f"{part}/{i:04d}.mp4", label))
-            truths[rows[-1][0]] = truth
-            write_video(folder / rows[-1][0], toy_clip(truth, *shape), **options)
+            clip = f"{part}/{i:04d}.mp4"
+            write_video(folder / clip, toy_clip(truth, *shape), **options)
+            truths[clip] = truth
+            rows.append((clip, label))
         with open(folder / f"{name}.csv", "w", newline="") as file:
             csv.writer(file).writerows(rows)
     if not pairs:
@@ -216,8 +219,8 @@ class VideoData:
 
 
 FORMATS = ("formats: HMDB51 as released (testTrainMulti_7030_splits/ beside class folders), UCF101 "
-           "as released (ucfTrainTestlist/ beside class folders or UCF-101/), train1.csv, test1.csv "
-           "or train.csv, test.csv (header path,label), train/CLASS/* + test/CLASS/*")
+           "as released (ucfTrainTestlist/ beside class folders or UCF-101/), train1.csv, test1.csv"
+           " or train.csv, test.csv (header path,label), train/CLASS/* + test/CLASS/*")
 
 
 def words(name):
@@ -315,8 +318,8 @@ def _csv_rows(path):
 
 def split_unseen(data, count, seed=0):
     """Hold `count` classes, drawn by the seed (toys: diagonals), out of training. -> {"": the other
-    classes, renumbered; "_unseen": the test clips of the held-out classes, to be classified among
-    these; "_unseen_all": the same, among all classes}; count 0: {"": data}. Raises BadInput."""
+    classes, renumbered; "_unseen": the test clips of the held-out classes, to classify among these;
+    "_unseen_all": the same, among all}; count 0: {"": data}. Raises BadInput."""
     if not count:
         return {"": data}
     able = [name for name in data.classes if name in DIAGONALS] or data.classes
@@ -327,9 +330,8 @@ def split_unseen(data, count, seed=0):
     seen = [name for name in data.classes if name not in unseen]
 
     def part(chosen, classes, *parts):
-        named = [[(path, data.classes[k]) for path, k in clips] for clips in parts]
-        train, test = ([(path, classes.index(name)) for path, name in clips if name in chosen]
-                       for clips in named)
+        ids = {data.classes.index(name): classes.index(name) for name in chosen}
+        train, test = ([(path, ids[k]) for path, k in clips if k in ids] for clips in parts)
         return dataclasses.replace(data, name=f"{data.name}-unseen{count}", classes=classes,
                                    train=train, test=test, unseen=unseen, official=None)
 
@@ -365,8 +367,7 @@ def segment_indices(count, frames, rng=None):
 
 def dense_indices(count, frames, rng=None, views=1):
     """Dense sampling: windows of 128 frames, stride 128 // T, as in Text4Vis -> (V, T), modulo
-    N=count. With rng one window at random (training), else `views` evenly spaced (one: the middle).
-    """
+    N=count; with rng one window at random (training), else `views` evenly spaced; 1: central"""
     last = max(0, count - 128)
     starts = [last // 2] if views == 1 else np.linspace(0, last, views).astype(int)
     starts = starts if rng is None else [rng.integers(last + 1)]
@@ -382,8 +383,8 @@ CONTAINERS = av.formats_available - {"concat", "dash", "hls", "image2", "imf", "
 
 @contextlib.contextmanager
 def open_video(path, source=None, **options):
-    """Open a video for decoding -> (container, video stream). PyAV's errors become BadVideo. source:
-    what av.open opens with `options`, if not the file `path` (see read_stream)."""
+    """Open a video for decoding -> (container, video stream). PyAV's errors become BadVideo.
+    source: what av.open opens with `options`, if not the file `path` (see read_stream)."""
     if source is None:
         source, options = f"file:{path}", {"options": {"format_whitelist": ",".join(CONTAINERS)}}
     try:
@@ -411,8 +412,8 @@ class VideoIndex(NamedTuple):
 
 @functools.lru_cache(maxsize=100_000)
 def video_index(path):
-    """Timestamps and keyframes of a file, from the packets in it: what pipes, edit lists and damaged
-    headers declare is wrong. Raises BadVideo, also for a file that ends within a packet."""
+    """Timestamps and keyframes of a file from its packets: pipes, edit lists and damaged headers
+    declare wrong numbers. Raises BadVideo, also for a file that ends within a packet."""
     pts, keys, kinds, cut = [], [], [], False
     with open_video(path) as (container, stream):
         form, codec = container.format.name, stream.codec_context.codec.canonical_name
@@ -596,17 +597,16 @@ class Coded(NamedTuple):
     size: tuple
 
     def to(self, device):
-        parts = [None if part is None else part.to(device, non_blocking=True) for part in self[:3]]
-        return Coded(*parts, self.size)
+        moved = (x if x is None else x.to(device, non_blocking=True) for x in self[:3])
+        return Coded(*moved, self.size)
 
 
 def read_compressed(path, indices, pictures=True, whole=False, step=4):
     """Decode the frames at `indices` with their I-frames and the motion between the two, MV above
-    (of an I-frame: 0), in one pass over each GOP -> Coded.
-
-    pictures=False: motion alone; the decoder skips what only pictures need. whole: truncate vectors
-    to whole pixels as CoViAR does. step: trace the middle of each step x step block. Raises
-    BadVideo, also for what VideoIndex.unfit names and for interlaced or rotated frames."""
+    (of an I-frame: 0), in one pass over each GOP -> Coded. pictures=False: motion alone, faster.
+    whole: truncate vectors to whole pixels as CoViAR does. step: trace the middle of each step x
+    step block. Raises BadVideo, also for what VideoIndex.unfit names and if interlaced or
+    turned."""
     if reason := video_index(str(path)).unfit:
         raise BadVideo(path, f"{reason}: re-encode it")
     export = {} if pictures else {"skip_idct": "all", "skip_loop_filter": "all"}
@@ -640,7 +640,7 @@ def read_compressed(path, indices, pictures=True, whole=False, step=4):
 
 
 def _trace(frames, H, W, whole, step):
-    """MV of one frame, from the vectors of its P-frames as bytes, oldest first -> int16 (2, h, w)"""
+    """MV of one frame from the vectors of its P-frames, bytes, oldest first -> int16 (2, h, w)"""
     y, x = np.mgrid[step // 2:H + step // 2:step, step // 2:W + step // 2:step].astype(np.int16)
     start = 4 * np.stack([np.minimum(x, W - 1), np.minimum(y, H - 1)]) + np.int16(2)
     at, border = start.copy(), np.array([4 * W - 2, 4 * H - 2], np.int16)[:, None, None]
@@ -687,9 +687,9 @@ def warp(i, mv):
 
 
 def reencode(path, out):
-    """Write a video in CoViAR's form to `out`: MPEG-4 part 2, 340 x 256, an I-frame at least every
-    12 frames, no B-frames, quantiser 2 (FFmpeg's -q:v 1), frame by frame at a constant rate,
-    upright. Raises BadVideo."""
+    """Write a video in CoViAR's form to `out`: MPEG-4 part 2, 340 x 256, upright, an I-frame at
+    least every 12 frames, no B-frames, quantiser 2 (FFmpeg's -q:v 1), constant rate. Raises
+    BadVideo."""
     count = video_index(str(path)).count
     with av.open(f"file:{out}", "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=25, options={
@@ -727,7 +727,7 @@ def coded_copy(path, folder):
 
 class Sample(NamedTuple):
     """video: uint8 (V*T, 3, H, W) or Coded; label: class index; key: (epoch, index); bad: [(path,
-    reason)] of clips that failed. A batch is a Sample of lists: clips differ in shape."""
+    reason)] of clips that failed. A batch is a Sample of lists."""
     video: torch.Tensor | Coded
     label: int
     key: tuple
@@ -735,12 +735,11 @@ class Sample(NamedTuple):
 
 
 class Clips(torch.utils.data.Dataset):
-    """Decodes the clip of a key (epoch, index) -> Sample.
-
-    clips: list of (path, class index). frames: T or S. side: shorter side in pixels. sampling:
-    `tsn`; `dense`, with `views` windows at test; or `coded`, a P-frame of each of S segments (of
-    copies in the folder `copies`, if given). train: random frames, and another clip in place of one
-    that cannot be decoded; in testing it is black, has label -1 and so counts as wrong."""
+    """Decodes the clip of a key (epoch, index) -> Sample. clips: [(path, class index)]. frames: T
+    or S. side: shorter side in pixels. sampling: `tsn`; `dense`, with `views` windows at test; or
+    `coded`, a P-frame of each of S segments, of copies in the folder `copies` if given. train:
+    random frames, and another clip in place of one that cannot be decoded; in testing it is black,
+    has label -1 and so counts as wrong."""
 
     def __init__(self, clips, frames, side=None, sampling="tsn", views=1, train=False, seed=0,
                  copies=None):
@@ -887,11 +886,11 @@ def training_view(batch, size, mirror, seed, device):
 
 
 def compressed_view(clips, size, rngs=None, mirror=None, scales=(1, .875, .75)):
-    """What the three networks see of B clips, cropped and flipped as one -> {"mv": (B, S, 2, size,
-    size), pixels / 40, clamped to +-.5; "r": (B, S, 3, size, size), -1..1; "i": the same, 0..1}
-
-    rngs, a numpy generator per clip, and mirror, a bool per clip: training, a square of `scales`
-    times the shorter side anywhere, flip p .5 (negates mv's x). Without: the middle square."""
+    """What the three networks see of B clips -> {"mv": (B, S, 2, size, size), pixels / 40, clamped
+    to +-.5; "r": (B, S, 3, size, size), -1..1; "i": the same, 0..1}: the middle square. For
+    training, with rngs, a numpy generator per clip, and mirror, a bool per clip: a square of
+    `scales` times the shorter side anywhere, the same for all three; flip p .5, which negates mv's
+    x."""
     out = []
     for n, coded in enumerate(clips):
         mv, *pictures = modalities(coded)
@@ -969,8 +968,8 @@ def build_clip(spec, cache="runs/cache"):
         tag = open_clip.get_pretrained_cfg(name, weights)
         if not tag:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-            raise BadInput(f"{spec}: no such file, nor a tag of {name}, which has {tags}; files of "
-                           f"TinyCLIP: github.com/wkcn/TinyCLIP-model-zoo")
+            raise BadInput(f"{spec}: no such file, nor a tag of {name} ({tags}). TinyCLIP's files: "
+                           f"github.com/wkcn/TinyCLIP-model-zoo")
         try:
             path = open_clip.download_pretrained(tag)
         except Exception as error:
@@ -988,12 +987,10 @@ def build_clip(spec, cache="runs/cache"):
 
 
 def read_weights(path):
-    """Read a file of weights -> {"clip": state, ...}. Raises BadInput. It may be
-
-    - {"state_dict": {"module.visual...": ...}} (TinyCLIP, open_clip), or the bare tensors
-    - OpenAI's TorchScript archive; adds quick_gelu=True
-    - ActionCLIP's {"model_state_dict", "fusion_model_state_dict"}; adds fusion=state and
-      quick_gelu=True. Ours are such files, and say quick_gelu and more themselves."""
+    """Read a file of weights -> {"clip": state, ...}. Raises BadInput. The formats: TinyCLIP's and
+    open_clip's {"state_dict"}, or the bare tensors; OpenAI's TorchScript archive, which adds
+    quick_gelu=True; ActionCLIP's {"model_state_dict", "fusion_model_state_dict"}, which adds that
+    and fusion=state (ours say quick_gelu and more themselves)."""
     more = {}
     try:
         try:
@@ -1008,8 +1005,8 @@ def read_weights(path):
             state = state["model_state_dict"]
             for part in (state, more["fusion"]):
                 nn.modules.utils.consume_prefix_in_state_dict_if_present(part, "module.")
-        if not all(isinstance(value, torch.Tensor) for value in state.values()):
-            raise TypeError("other things than tensors in it")
+        if not all(map(torch.is_tensor, state.values())):
+            raise TypeError("not all tensors")
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except Exception as error:
@@ -1022,8 +1019,7 @@ def load_strictly(module, state, path, name):
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        wrong = str(error).splitlines()[1].strip()
-        raise BadInput(f"{path} does not fit {name}: {wrong[:300]}") from error
+        raise BadInput(f"{path} does not fit {name}: {str(error).splitlines()[1]:.300}") from error
 
 
 def _train_toy_clip(name, path, steps=300, batch=128):
@@ -1109,7 +1105,7 @@ def one_vector(h_token, h_frame):
 
 
 class MeanHead(nn.Module):
-    """ActionCLIP's `meanP`: (B, T, D) -> (B, D), blind to the order of frames."""
+    """ActionCLIP's `meanP`: (B, T, D) -> (B, D), blind to the order of frames"""
 
     def forward(self, f):
         return f.mean(1)
@@ -1233,21 +1229,17 @@ class SpatialHeads(nn.Module):
             for k, text in enumerate(texts):
                 h = F.normalize(self.heads[k](v.float()), dim=-1)
                 cosine = h @ F.normalize(text.float(), dim=-1).T                # (B, L_k)
-                if self.multi_label[k]:
-                    cosine = cosine - cosine.mean(1, keepdim=True)
-                out.append(self.log_scale[k].exp() * cosine)
+                mean = cosine.mean(1, keepdim=True) if self.multi_label[k] else 0
+                out.append(self.log_scale[k].exp() * (cosine - mean))
         return out
 
 
 # ---- exit networks -------------------------------------------------------------------------------
 
 
-IMAGENET = (.485, .456, .406), (.229, .224, .225)  # mean and std of its pixels
-
-
 def _toy_resnet():
     """ResNet with a block a stage and an eighth of ResNet-18's width."""
-    net = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1])
+    net = models.ResNet(BasicBlock, [1, 1, 1, 1])
     net.conv1, net.bn1 = nn.Conv2d(3, 16, 7, 2, 3, bias=False), nn.BatchNorm2d(16)
     net.inplanes = 16
     for i in range(4):
@@ -1267,7 +1259,6 @@ class ExitNet(nn.Module):
 
     def __init__(self, modality, name, classes, imagenet=False):
         super().__init__()
-        models = torchvision.models
         known = [n for n in models.list_models(models) if re.match(r"(wide_)?resne(t|xt)\d", n)]
         if name not in known and (imagenet or name != "toy"):
             raise BadInput(f"network {name}: there are {', '.join(known)} and, without ImageNet's "
@@ -1275,8 +1266,8 @@ class ExitNet(nn.Module):
         weights = models.get_model_weights(name).DEFAULT if imagenet else None
         try:
             net = _toy_resnet() if name == "toy" else models.get_model(name, weights=weights)
-        except OSError as error:  # no network
-            raise BadInput(f"{name}: cannot fetch its weights ({error}); put {weights.url} into "
+        except OSError as error:
+            raise BadInput(f"{name}: no download ({error}); put {weights.url} into "
                            f"{torch.hub.get_dir()}/checkpoints") from error
         self.modality, self.name = modality, name
         self.input = nn.BatchNorm2d(2 if modality == "mv" else 3) if modality != "i" else None
@@ -1288,18 +1279,17 @@ class ExitNet(nn.Module):
         self.fc = nn.Linear(net.fc.in_features, classes)
 
     def stages(self, x):
-        """x (B, S, C, H, W) of compressed_view -> yields the feature maps behind layer1 to 4, each
-        (B*S, c, h, w); a caller who stops early spares the rest."""
+        """x (B, S, C, H, W) of compressed_view -> yields the maps (B*S, c, h, w) behind layers 1 to
+        4; a caller who stops early spares the rest."""
         x = x.flatten(0, 1)
-        x = self.input(x) if self.input else TF.normalize(x, *IMAGENET)
+        x = self.input(x) if self.input else TF.normalize(x, IMAGENET_MEAN, IMAGENET_STD)
         x = self.stem(x)
         for layer in self.layers:
             x = layer(x)
             yield x
 
     def classify(self, f, S):
-        """The network's own logits from the map behind layer4: consensus, the mean of S segments.
-        (B*S, c, h, w) -> (B, K)"""
+        """Map behind layer4 -> consensus logits, mean of S segments: (B*S, c, h, w) -> (B, K)"""
         return self.fc(f.mean((2, 3))).unflatten(0, (-1, S)).mean(1)
 
     def forward(self, x):
@@ -1325,17 +1315,16 @@ class ExitHead(nn.Sequential):
 def exit_heads(net, classes):
     """Exits 1 to 3 of an ExitNet as in the paper's code: for basic blocks (ResNet-18) c to c,
     kernels 7, 3, 3; for bottlenecks (ResNet-50) 256 to 64, 512 to 256, 1024 to 1024, kernels 3."""
-    heads = nn.ModuleList()
+    heads, basic = nn.ModuleList(), isinstance(net.layers[0][0], BasicBlock)
     for k in range(3):
         width = net.layers[k + 1][0].conv1.in_channels
-        basic = isinstance(net.layers[k][0], BasicBlock)
         out, kernel = (width, (7, 3, 3)[k]) if basic else (width // (4, 2, 1)[k], 3)
         heads.append(ExitHead(width, out, kernel, classes))
     return heads
 
 
 def exit_logits(net, heads, x):
-    """Consensus logits (B, K) of exits 1 to 4 for x (B, S, C, H, W), one after the other: what lies
-    behind an exit runs only when the next is asked for."""
+    """Consensus logits (B, K) of exits 1 to 4 for x (B, S, C, H, W): what lies behind an exit runs
+    only when the next is asked for."""
     for k, f in enumerate(net.stages(x)):
         yield heads[k](f, x.shape[1]) if k < 3 else net.classify(f, x.shape[1])
