@@ -535,8 +535,8 @@ def main(argv=None):
         torch.set_num_threads(1)  # small networks run faster on one thread
     if WORLD > 1:
         dist.init_process_group("nccl" if GPU else "gloo")
-    data = common.read_data(args.data, args.split, args.allow_missing, Path(args.out) / "cache",
-                            toys="toy-pairs")
+    cache = Path(args.out) / "cache"
+    data = common.read_data(args.data, args.split, args.allow_missing, cache, "toy-pairs")
     if not args.reencode:
         refuse_unfit(data)
     flags, mirror = {"clips": data.digest(), **vars(args)}, common.mirrors(data.classes)

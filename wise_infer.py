@@ -245,8 +245,8 @@ def theta_of_cost(logits, labels, weights, costs, gmac):
 
 
 def run_for_real(cascade, clips, weights, theta):
-    """Eq. (3) as it is deployed: clip by clip, decoding what is needed. -> classes said (-1: cannot
-    be decoded), mean ms a clip with decoding"""
+    """Eq. (3) as deployed: clip by clip, decoding what is needed. -> classes said (-1: cannot be
+    decoded), mean ms a clip with decoding"""
     said, ms = [], []
     for path, _ in tqdm(clips, "early exit", leave=False, disable=None):
         start = time.perf_counter()
@@ -364,7 +364,7 @@ def parse(argv=None):
 def load(args):
     """-> the checkpoint of pkd_compressed.py, its path, and which order's exits to use"""
     name = f"{Path(args.data).resolve().name}-s{args.split}-seed{args.seed}"
-    path = Path(args.checkpoint or Path(args.out) / "pkd_compressed" / name / "last.pt")
+    path = Path(args.checkpoint or f"{args.out}/pkd_compressed/{name}/last.pt")
     command = (f"python pkd_compressed.py --data {args.data} --split {args.split} --seed "
                f"{args.seed} --out {args.out}")
     if not path.exists():
@@ -373,8 +373,7 @@ def load(args):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         orders, _ = saved["flags"]["order"], saved["exits"]
     except Exception as error:  # torch.load raises many kinds
-        raise common.BadInput(f"{path} is no checkpoint of pkd_compressed.py "
-                              f"({type(error).__name__})") from error
+        raise common.BadInput(f"{path} is no checkpoint of pkd_compressed.py") from error
     order = args.order or ("progressive" if "progressive" in orders else orders[0])
     if "optimizer" in saved:
         raise common.BadInput(f"{path} is not finished; go on with: {command} --resume")
@@ -385,15 +384,13 @@ def load(args):
 
 def read_clips(saved, path, args):
     """The data of the checkpoint -> test data, held-out clips. Raises BadInput where it differs."""
-    flags = saved["flags"]
-    data = common.read_data(flags["data"], flags["split"], args.allow_missing,
-                            Path(args.out) / "cache", toys="toy-pairs")
+    flags, cache = saved["flags"], Path(args.out) / "cache"
+    data = common.read_data(flags["data"], flags["split"], args.allow_missing, cache, "toy-pairs")
     if data.digest() != flags["clips"]:
         raise common.BadInput(f"{path} was trained on other clips than {flags['data']} has now")
     data, held = common.hold_out(data, flags["holdout"], flags["seed"])
     if not held:
-        raise common.BadInput(f"{path} holds no clips out; train with pkd_compressed.py --holdout "
-                              f"0.2")
+        raise common.BadInput(f"{path} holds no clips out: pkd_compressed.py --holdout 0.2 does")
     return data, held
 
 
@@ -446,10 +443,11 @@ def report(results, cascade, data, said, left, labels, saved, args, began):
         leave = " ".join(f"{at} {share:.0%}" for at, share in shares if share > 0)
         rows.append({"operating point": name, "theta": point["theta"], "top1": point["top1"],
                      "GMAC": point["GMAC"], "clips leave at": leave})
-    print(f"{table(results['exits'])}\ntop-1 where every clip stops there; GMAC: of a clip up to "
-          f"there\n\n{table(rows)}\nBaselines have a theta set on held-out clips to WISE's cost. "
-          f"Early exit: {points['WISE, early exit']['ms']:.1f} ms a clip with decoding; run for "
-          f"real, {results['same']:.1%} of the clips get this table's class")
+    print(f"{table(results['exits'])}\ntop-1 if every clip stops there: by that exit, the mean so "
+          f"far, that of finished networks, WISE; GMAC: up to there\n\n{table(rows)}\nBaselines' "
+          f"theta is set on held-out clips to WISE's cost. Early exit, run for real: "
+          f"{points['WISE, early exit']['ms']:.1f} ms a clip with decoding, "
+          f"{results['same']:.1%} of the classes as here")
     if results["sweep"]:
         print(table(results["sweep"]))
     for note in data.notes():
