@@ -332,7 +332,8 @@ def cover(path):
         still = av.VideoFrame.from_ndarray(moving(1, 32, 32)[0], format="rgb24")
         for packet in picture.encode(still.reformat(format="yuvj420p")) + picture.encode(None):
             container.mux(packet)
-        frame = av.AudioFrame(format="s16p", layout="mono", samples=1152)
+        silence = np.zeros((1, 1152), np.int16)
+        frame = av.AudioFrame.from_ndarray(silence, format="s16p", layout="mono")
         frame.rate = 44100
         container.mux(audio.encode(frame))
         container.mux(audio.encode(None))
