@@ -1030,6 +1030,7 @@ def _train_toy_clip(name, path, steps=300, batch=128):
         clip, tokenizer, _ = build_clip(f"{name}:random")
     optimizer = torch.optim.AdamW(clip.parameters(), lr=2e-3, weight_decay=.02, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
+    tokenize = functools.cache(lambda caption: tokenizer([caption])[0])
     for _ in range(steps):
         truths = [toy_truth(rng, "growing", str(rng.choice(SCENES))) for _ in range(batch)]
         stills = []
@@ -1040,7 +1041,8 @@ def _train_toy_clip(name, path, steps=300, batch=128):
         pixels = torch.from_numpy(np.stack(stills)).permute(0, 3, 1, 2) / 255
         image = clip.encode_image(TF.normalize(pixels, clip.visual.image_mean,
                                                clip.visual.image_std), normalize=True)
-        text = clip.encode_text(tokenizer(list(map(toy_caption, truths))), normalize=True)
+        captions = torch.stack([tokenize(toy_caption(truth)) for truth in truths])
+        text = clip.encode_text(captions, normalize=True)
         logits, target = clip.logit_scale.exp() * image @ text.T, torch.arange(batch)
         (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)).backward()
         optimizer.step()
