@@ -36,9 +36,9 @@ Differs from ActionCLIP's code (sallymmx/ActionCLIP @31c34df): fp32 weights with
 fp16; frames are random in their segments; jitter is drawn once per clip; no weight decay on norms,
 biases, embeddings and scales; logit_scale is at most ln 100; gradients are clipped at norm 1; the
 last epoch counts, not the best; class names are words (--eval-only of its UCF101 checkpoints uses
-its ApplyEyeMakeup). From Text4Vis's dense test: it averages features over views, not probabilities.
-From TinyCLIP: eq. (3) has weight 1 beside eq. (1); the large model's scale is 50 as there, the
-small one's is learned.
+its ApplyEyeMakeup). Dense windows are 128 frames as in Text4Vis (TSM: 64), which averages features
+over views, not probabilities. From TinyCLIP: eq. (3) has weight 1 beside eq. (1); the large model's
+scale is 50, as there; the small one's is learned, there it is 50, too.
 """
 import argparse
 import collections
