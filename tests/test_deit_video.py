@@ -1,6 +1,8 @@
-"""deit_video.py: its equations, what a teacher alone can teach, kills, processes, mistakes."""
+"""deit_video.py: its equations, what a teacher alone teaches, arms, kills, processes, mistakes."""
 import json
 import re
+import runpy
+import shlex
 import shutil
 import sys
 
@@ -8,23 +10,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
+import common
 import deit_video
 import spatial_kd
-import tinyclip_swap
-from common import MOTIONS, BadInput, FusionHead, build_action_clip
-from deit_video import ARMS, TwoHeaded, deit_loss, main, one_vector, token_loss, two_heads
+from common import BadInput, FusionHead, build_action_clip, one_vector, read_data
+from deit_video import ARMS, GRID, TwoHeaded, class_scores, main, soft_loss
 
-FAST = ("--teacher", "toy-large:random", "--student", "toy-small:random", "--epochs", 1,
+FAST = ("--teacher", "toy-small:random", "--student", "toy-small:random", "--epochs", 2,
         "--workers", 0, "--batch-size", 16, "--frames", 4)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def timed_once():
     with pytest.MonkeyPatch.context() as patch:
-        for script in (deit_video, tinyclip_swap):
-            patch.setattr(script, "median_ms", lambda function, device: bool([function()]))
+        patch.setattr(deit_video, "milliseconds", lambda function: float(len(function())))
         yield
 
 
@@ -33,420 +33,302 @@ def go(*flags):
 
 
 def weights(folder, arm):
-    return torch.load(next(folder.rglob(f"{arm}-last.pt")), weights_only=True)
+    saved = torch.load(next(folder.rglob(f"{arm}-last.pt")), weights_only=True)
+    return [*saved["model_state_dict"].values(), *saved["fusion_model_state_dict"].values()]
 
 
 def same(a, b):
-    return all(torch.equal(a[part][key], b[part][key]) for part in
-               ("model_state_dict", "fusion_model_state_dict", "beside") for key in a[part])
+    return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
-def numbers(seed, *shapes):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+def rows(folder):
+    lines = next(folder.rglob("metrics.jsonl")).read_text().splitlines()
+    return [json.loads(line) | {"clips_per_s": 0} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def every(toy, tmp_path_factory):
+    """A teacher and all arms -> their numbers, and the folder of the run"""
+    out = tmp_path_factory.mktemp("every")
+    return go("--data", toy, *FAST, "--out", out, "--arms", *ARMS), out
 
 
 # ---- the equations
 
 
-def head_and_frames(token):
-    torch.manual_seed(0)
-    head = FusionHead(48, 3, layers=2, std=.1, position_std=.5, token=token).double()
-    return head, *numbers(1, (5, 7, 48))
+def draw(*shape, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
 
 
-def read(head, f):
-    token = f.new_zeros(0, 48) if head.token is None else (head.token + head.token_position)[None]
-    return two_heads(f, token, head.frame_position_embeddings.weight, head.transformer)
+def unit(x):
+    return F.normalize(x, dim=-1)
 
 
-def test_without_the_token_the_frame_head_is_actionclips():
-    head, f = head_and_frames(token=False)
-    torch.testing.assert_close(read(head, f)[1], head(f), rtol=0, atol=1e-12)
-
-
-def test_with_the_token_the_builder_deploys_the_one_vector():
-    head, f = head_and_frames(token=True)
-    torch.testing.assert_close(one_vector(*read(head, f)), head(f), rtol=0, atol=1e-12)
-
-
-def test_the_token_is_read_from_its_own_place():
-    """Layers that change nothing: z is what went in."""
-    f, token, positions = numbers(0, (2, 3, 4), (1, 4), (9, 4))
-    h_token, h_frame = two_heads(f, token, positions, nn.Identity())
-    torch.testing.assert_close(h_token, token + f.mean(1))
-    torch.testing.assert_close(h_frame, (2 * f + positions[:3]).mean(1))
-
-
-def test_token_starts_from_the_same_fusion_head():
-    torch.manual_seed(0)
-    one = build_action_clip("toy-small:random").state_dict()
-    torch.manual_seed(0)
-    two = build_action_clip("toy-small:random", token=True).state_dict()
-    assert all(torch.equal(one[key], two[key]) for key in one)
-    assert sum(w.numel() for w in two.values()) - sum(w.numel() for w in one.values()) == 2 * 48
+def test_the_token_stands_before_the_frames_and_both_are_read_at_their_places():
+    f, heads, found = draw(5, 7, 48), [], []
+    for token in (False, True):
+        torch.manual_seed(0)
+        heads.append(FusionHead(48, 3, layers=2, std=.1, position_std=.5, token=token).double())
+        found.append(heads[-1].read(f))
+    one, two = heads
+    assert same(list(one.parameters()), [*two.parameters()][2:])  # the same but for the token
+    x = f + one.frame_position_embeddings.weight[:7]
+    assert found[0][0] is None
+    torch.testing.assert_close(found[0][1], (one.transformer(x) + f).mean(1))
+    torch.testing.assert_close(found[0][1], one(f))
+    z = two.transformer(torch.cat([(two.token + two.token_position).expand(5, 1, 48), x], 1))
+    torch.testing.assert_close(found[1][0], z[:, 0] + f.mean(1))
+    torch.testing.assert_close(found[1][1], (z[:, 1:] + f).mean(1))
+    torch.testing.assert_close(two(f), (unit(found[1][0]) + unit(found[1][1])) / 2)
 
 
 def test_logits_of_the_one_vector_are_the_mean_of_both_heads_logits():
-    a, b, text = numbers(2, (6, 16), (6, 16), (5, 16))
-    text = F.normalize(text, dim=-1)
-    both = (F.normalize(a, dim=-1) @ text.T + F.normalize(b, dim=-1) @ text.T) / 2
-    torch.testing.assert_close(100 * one_vector(a, b) @ text.T, 100 * both, rtol=0, atol=1e-10)
+    a, b, t = draw(6, 16), draw(6, 16, seed=1), unit(draw(5, 16, seed=2))
+    h = one_vector(a, b)
+    torch.testing.assert_close(h @ t.T, (unit(a) @ t.T + unit(b) @ t.T) / 2)
+    of_length_1 = one_vector(a, b) / h.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(unit(unit(a) + unit(b)), of_length_1)
 
 
-@pytest.mark.parametrize("tau", [1., 3., 10.])
-def test_gradient_of_the_soft_loss(tau):
-    h, text, z_t = numbers(3, (6, 16), (5, 16), (6, 5))
-    h.requires_grad_()
-    logits = 20 * F.normalize(h, dim=-1) @ F.normalize(text, dim=-1).T
-    wanted = tau * ((logits / tau).softmax(1) - (z_t * 5 / tau).softmax(1)) / 6
-    expected, = torch.autograd.grad(logits, h, wanted.detach())
-    found, = torch.autograd.grad(token_loss("soft", h, text, z_t * 5, 20., tau), h)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+@pytest.mark.parametrize("tau", [1., 3.])
+def test_soft_loss_and_its_gradient_in_closed_form(tau):
+    h, t, z_t = draw(6, 16).requires_grad_(), draw(5, 16, seed=1), 5 * draw(6, 5, seed=2)
+    z = 20 * unit(h) @ unit(t).T
+    p, q = (z / tau).softmax(1), (z_t / tau).softmax(1)
+    loss = soft_loss(h, t, z_t, 20., tau)
+    torch.testing.assert_close(loss, tau ** 2 * (q * (q / p).log()).sum(1).mean())
+    wanted, = torch.autograd.grad(z, h, tau * (p - q).detach() / 6, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, h)[0], wanted)
+    deits = F.kl_div((z / tau).log_softmax(1), (z_t / tau).log_softmax(1), reduction="sum",
+                     log_target=True) * tau ** 2 / z.numel()  # as its code has it
+    torch.testing.assert_close(loss, 5 * deits)
+    torch.testing.assert_close(soft_loss(h.repeat(2, 1), t, z_t.repeat(2, 1), 20., tau), loss)
+    assert soft_loss(h, t, z_t, 1e4, tau).isfinite()
 
 
-def test_soft_loss_is_K_times_deits():
-    """DeiT's code: kl_div(..., reduction="sum", log_target=True) * tau^2 / number of elements."""
-    h, text, z_t = numbers(4, (6, 16), (5, 16), (6, 5))
-    logits = 20 * F.normalize(h, dim=-1) @ F.normalize(text, dim=-1).T
-    deits = F.kl_div((logits / 3).log_softmax(1), (z_t / 3).log_softmax(1), reduction="sum",
-                     log_target=True) * 9 / logits.numel()
-    torch.testing.assert_close(token_loss("soft", h, text, z_t, 20., 3.), 5 * deits)
+def test_the_token_learns_from_labels_or_from_the_teachers_answers():
+    (h, t, texts), z_t = draw(3, 4, 8).float(), draw(4, 3).float()
+    labels, top = torch.tensor([0, 1, 0, 2]), z_t.argmax(1)
+    given = h, t, labels, texts, z_t, 9., 1.
+    assert deit_video.token_loss(None, *given) == 0
+    assert deit_video.token_loss("gt", *given) == deit_video.kl_pair(h, t, labels, 9.)
+    assert deit_video.token_loss("hard", *given) == deit_video.kl_pair(h, texts, top, 9.)
+    assert [deit_video.deit_loss(2., 10., alpha) for alpha in (0, .25, 1)] == [2, 4, 10]
+    prompts, rng = torch.arange(16 * 3).view(16, 3, 1), np.random.default_rng(0)
+    draws = [0, 5, 15, 5]
+    said = deit_video.token_texts("hard", z_t, prompts, draws, rng)
+    assert said[:, 0].tolist() == [3 * p + k for p, k in zip(draws, top.tolist(), strict=True)]
 
 
-def test_soft_loss_by_numpy():
-    h, text, z_t = (x.numpy() for x in numbers(5, (6, 16), (5, 16), (6, 5)))
-
-    def softmax(x):
-        return np.exp(x) / np.exp(x).sum(1, keepdims=True)
-
-    cosines = (h / np.linalg.norm(h, axis=1, keepdims=True)) @ (
-        text / np.linalg.norm(text, axis=1, keepdims=True)).T
-    p, q = softmax(20 * cosines / 3), softmax(z_t / 3)
-    found = token_loss("soft", *map(torch.from_numpy, (h, text, z_t)), 20., 3.)
-    assert found.item() == pytest.approx(9 * (q * np.log(q / p)).sum(1).mean())
+@torch.no_grad()
+def test_teachers_logits_are_the_mean_over_templates_before_the_softmax():
+    model, videos = build_action_clip("toy-small:random").eval(), torch.rand(3, 2, 3, 32, 32)
+    text = model.embed_classes(["a", "b"])
+    z = torch.einsum("bd,pkd->bpk", unit(model.encode_video(videos)), unit(text))
+    wanted = model.clip.logit_scale.exp() * z.mean(1)
+    torch.testing.assert_close(deit_video.class_logits(model, videos, text), wanted)
 
 
-def test_losses_do_not_change_when_the_batch_is_repeated_and_stay_finite():
-    h, text, z_t = numbers(6, (6, 16), (5, 16), (6, 5))
-    once = token_loss("soft", h, text, z_t, 20., 3.)
-    torch.testing.assert_close(once, token_loss("soft", h.repeat(3, 1), text, z_t.repeat(3, 1),
-                                                20., 3.))
-    labels = torch.tensor([0, 1, 2, 0, 1, 2])
-    for kind in ("gt", "hard"):
-        one = token_loss(kind, h, text[labels], labels, 20., 3.)
-        two = token_loss(kind, h.repeat(2, 1), text[labels].repeat(2, 1), labels.repeat(2), 20., 3.)
-        torch.testing.assert_close(one, two)
-        torch.testing.assert_close(one, deit_video.kl_pair(h, text[labels], labels, 20.))
-    h.requires_grad_()
-    loss = token_loss("soft", h, text, 1e4 * z_t, 100., .1)
-    loss.backward()
-    assert loss.isfinite()
-    assert h.grad.isfinite().all()
+@torch.no_grad()
+def test_attention_in_the_picture_is_that_of_the_network(toy):
+    """By hooks on the layers as the network runs, from their weights."""
+    torch.manual_seed(0)
+    model, looks = build_action_clip("toy-small:random", token=True).eval(), []
 
+    def look(attn, given, named):
+        query, key, _ = F.linear(given[0] if given else named["query"], attn.in_proj_weight,
+                                 attn.in_proj_bias).unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
+        z = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** .5
+        looks.append(z.softmax(-1)[0, :, 0, 1:].mean(0))
 
-def test_alpha_goes_from_the_frame_head_to_the_token():
-    assert [deit_loss(2., 10., alpha) for alpha in (0, .25, 1)] == [2, 4, 10]
-
-
-def test_teachers_logits_are_the_mean_over_templates_before_the_softmax(toy):
-    model = build_action_clip("toy-small:random").eval()
-    videos, text = torch.rand(3, 2, 3, 32, 32), model.encode_text(model.prompts(["a", "b"]))
-    v, t = F.normalize(model.encode_video(videos), dim=-1), F.normalize(text, dim=-1)
-    wanted = model.clip.logit_scale.exp() * torch.einsum("bd,pkd->bpk", v, t).mean(1)
-    torch.testing.assert_close(deit_video.class_logits(model, videos, text, torch.device("cpu")),
-                               wanted)
-
-
-def test_attention_in_the_picture_is_that_of_the_network():
-    """The layers by hand, as draw_attention goes through them, end where the head ends."""
-    head, f = head_and_frames(token=True)
-    x = torch.cat([(head.token + head.token_position).expand(5, 1, 48),
-                   f + head.frame_position_embeddings.weight[:7]], 1)
-    z = head.transformer(x)
-    for block in head.transformer.resblocks:
-        n = block.ln_1(x)
-        shares = block.attn(n, n, n)[1]
-        assert shares.shape == (5, 8, 8)
-        torch.testing.assert_close(shares.sum(-1), torch.ones(5, 8).double())
-        x = block(x)
-    torch.testing.assert_close(x, z)
+    for block in model.fusion.transformer.resblocks:
+        block.attn.register_forward_pre_hook(look, with_kwargs=True)
+    clips = read_data(str(toy)).test
+    video = common.Clips(clips, 4, model.side)[0, 2].video
+    model.encode_video(common.centre_crop([video], model.size))
+    assert len(looks) == 6
+    mean = torch.stack(looks).mean(0)
+    found = torch.tensor(deit_video.attention(model, clips, 4, 2))
+    torch.testing.assert_close(found, mean / mean.sum())
 
 
 # ---- what a teacher alone teaches
 
 
-def say(read, text, videos):
-    with torch.no_grad():
-        return torch.cat([deit_video.class_scores(read(part), text).argmax(1)
-                          for part in videos.split(100)])
-
-
-@pytest.fixture(scope="session")
-def teacher(plain, out):
-    """The large model of tinyclip_swap.py's plain run."""
-    file = out / "tinyclip_swap" / "toy-s1-seed0" / "large-last.pt"
-    return build_action_clip(f"toy-large:{file}").eval().requires_grad_(False)
-
-
-def fit(module, videos, epochs, loss, prompts, model):
-    optimizer, schedule = deit_video.make_optimizer(module, 4e-4, epochs * 37)
-    rng = np.random.default_rng(0)
-    for step in range(epochs * 37):
-        if step % 37 == 0:
-            order = torch.from_numpy(rng.permutation(len(videos)))
-        loss(order[step % 37 * 32:][:32], model.encode_text(prompts[rng.integers(16)])).backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-
-
 @pytest.mark.parametrize("trained", [True, False])
-def test_soft_loss_alone_takes_the_token_to_the_teacher(toys, cache, teacher, trained):
-    """alpha 1: no labels, and nothing reaches the frame head. From a teacher that knows nothing
-    the student stays at chance; from a good one it has learned the direction of time."""
-    (videos, _), (tests, labels), classes = *toys[0].values(), toys[1]
+def test_soft_loss_alone_takes_the_token_to_the_teacher(plain, moving, cache, trained):
+    """Without labels, and without a loss on h_frame. From a teacher that knows nothing the student
+    stays at chance; from a good one its token, and not h_frame, learns the direction of time."""
+    (videos, _), (tests, labels), classes = *moving[0].values(), moving[1]
     torch.manual_seed(0)
-    if not trained:
-        teacher = build_action_clip("toy-large", cache=cache).eval()
-    with torch.no_grad():
-        text = teacher.encode_text(teacher.prompts(classes))
-        z_t = torch.cat([deit_video.class_logits(teacher, part, text, torch.device("cpu"))
-                         for part in videos.split(100)])
-    model = build_action_clip("toy-small", cache=cache, token=True)
-    student = TwoHeaded(model, ARMS["soft"], [])
-    fit(student, videos, 7 if trained else 2, lambda pick, text: token_loss(
-        "soft", student.read(videos[pick])[0], text, z_t[pick], model.clip.logit_scale.exp(), 1.),
-        model.prompts(classes), model)
-    student.eval()
-    own = model.encode_text(model.prompts(classes)).detach()
-    right = (say(lambda x: student.read(x)[0], own, tests) == labels).float().mean()
-    if not trained:
-        assert right < .35, right
-        return
-    teachers = (say(teacher.encode_video, text, tests) == labels).float().mean()
-    assert teachers > .9
-    assert right >= .95 * teachers, (right, teachers)
-    opposite = [next(classes.index(b) for b in MOTIONS if np.allclose(
-        np.add(MOTIONS[a], MOTIONS[b]), 0)) for a in classes]
-    backwards = say(lambda x: student.read(x)[0], own, tests.flip(1))
-    assert (backwards == torch.tensor(opposite)[labels]).float().mean() > .8
-    frame = (say(lambda x: student.read(x)[1], own, tests) == labels).float().mean()
-    assert frame < right - .2  # the token has learned it, not the frame head
+    checkpoint = plain[1] if trained else None
+    teacher = build_action_clip("toy-large", 6, cache, checkpoint=checkpoint).eval()
+    z_t = deit_video.class_logits(teacher, videos, teacher.embed_classes(classes))
+    model = build_action_clip("toy-large", 6, cache, token=True)
+    student, rng = TwoHeaded(model, ARMS["soft"], []), np.random.default_rng(0)
+    optimizer, schedule = deit_video.make_optimizer(student, 4e-4, 3 * 25)
+    prompts = model.prompts(classes)
+    for _ in range(3):
+        for pick in torch.from_numpy(rng.permutation(len(videos))).split(16):
+            text, scale = model.encode_text(prompts[rng.integers(16)]), model.clip.logit_scale.exp()
+            soft_loss(student.read(videos[pick])[0], text, z_t[pick], scale, 1.).backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    text, right = student.eval().model.embed_classes(classes), []
+    opposite = torch.tensor([3, 2, 1, 0])[labels]
+    for clips, wanted in ((tests, labels), (tests.flip(1), opposite)):
+        with torch.no_grad():
+            h_token, h_frame, _ = student.read(clips)
+        right += [(class_scores(h, text).argmax(1) == wanted).float().mean()
+                  for h in (h_token, h_frame)]
+    token, frame, backwards, _ = right
+    if trained:
+        assert min(token, backwards) > .75, right
+        assert frame < token - .2, right
+    else:
+        assert token < .4, right
 
 
 # ---- runs
 
 
-def test_every_arm_runs_and_is_read_out_three_ways(toy, tmp_path, capsys):
-    found = go("--data", toy, *FAST, "--out", tmp_path, "--arms", *ARMS)
+def test_every_arm_runs_and_is_read_out_three_ways(every, toy):
+    found, out = every
     assert list(found) == ["teacher", *ARMS]
-    assert {r["clips"] for r in found.values()} == {24}
     for name, r in found.items():
         two = name in ("gt", "hard", "soft", "two-frame-heads")
-        assert all((x == x) == two for x in (r["token"], r["mean"], r["cosine"]))  # else nan
+        assert all((r[key] == r[key]) == two for key in ("token", "mean", "cosine"))  # else nan
         assert r["top1"] == (r["mean"] if two else r["frame"])
-    assert found["gt"]["gmac"] > found["one-head"]["gmac"]
-    assert found["gt"]["parameters"] - found["one-head"]["parameters"] == pytest.approx(96e-6)
-    run = tmp_path / "deit_video" / "small-toy-s1-seed0"
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 7
-    assert all({"frame", "token", "agreement", "cosine"} <= row.keys() for row in rows)
-    assert (run / "run.png").stat().st_size > 10_000
-    assert re.fullmatch(r"RESULT deit_video data=small-toy split=1 seed=0 teacher=\S+ one-head=\S+ "
-                        r"gt=\S+ hard=\S+ soft=\S+ two-frame-heads=\S+ teacher-on-frame=\S+ "
-                        r"seconds=\d+", capsys.readouterr().out.splitlines()[-1])
+        assert r["backbone"] == "toy-small"
+        assert {"agree", "ms", "clips/s"} <= r.keys()
+    assert found["teacher"]["agree"] == 1
+    assert found["gt"]["M"] - found["one-head"]["M"] == pytest.approx(96e-6)
+    assert found["gt"]["GMAC"] > found["one-head"]["GMAC"] == found["two-frame-heads"]["GMAC"]
+    log = rows(out)
+    assert [row["arm"] for row in log[::2]] == list(found)
+    for row in log:
+        assert row["frame"] > 0
+        assert (row["token"] == 0) == (row["arm"] in ("teacher", "one-head"))
+        assert (row["cosine"] > 1 - 1e-4) == (row["arm"] in (
+            "teacher", "one-head", "teacher-on-frame"))
+    assert next(out.rglob("run.png")).stat().st_size > 10_000
 
 
-def test_an_exported_student_is_a_plain_actionclip(toy, tmp_path):
-    found = go("--data", toy, *FAST, "--out", tmp_path, "--arms", "gt", "--epochs", 3)
-    file = next(tmp_path.rglob("gt-last.pt"))
-    model = build_action_clip(f"toy-small:{file}").eval()
-    assert model.fusion.token is not None
-    student = TwoHeaded(model, ARMS["gt"], []).eval()
-    video = torch.rand(2, 8, 3, 32, 32)
-    torch.testing.assert_close(model.encode_video(video), one_vector(*student.read(video)))
-    again = tinyclip_swap.main(["--data", str(toy), "--small", "toy-small:random", "--eval-only",
-                                str(file), "--workers", "0", "--frames", "4", "--out",
-                                str(tmp_path)])
-    assert again["small"]["top1"] == found["gt"]["mean"]
+@torch.no_grad()
+def test_a_two_headed_checkpoint_is_an_action_clip(every, toy):
+    found, out = every
+    model = build_action_clip("", checkpoint=next(out.rglob("gt-last.pt"))).eval()
+    assert (model.name, model.frames) == ("toy-small", 4)
+    data = read_data(str(toy))
+    batch, = common.ClipLoader(common.Clips(data.test, 4, model.side), 24)
+    pixels = common.centre_crop(batch.video, model.size)
+    v = model.encode_video(pixels)
+    torch.testing.assert_close(v, TwoHeaded(model, ARMS["gt"], []).read(pixels)[2])
+    top = class_scores(v, model.embed_classes(data.classes)).argmax(1)
+    hits = (top == torch.tensor(batch.label)).float().mean()
+    assert hits.item() == pytest.approx(found["gt"]["top1"])
 
 
-def test_teacher_is_frozen_batchnorm_too(toy, tmp_path, monkeypatch):
-    build, made = deit_video.build_action_clip, []
+def test_a_teacher_checkpoint_is_used_as_it_is(every, toy, tmp_path, monkeypatch):
+    file, class_logits = next(every[1].rglob("teacher-last.pt")), deit_video.class_logits
+    flags = ("--data", toy, *FAST, "--out", tmp_path, "--teacher-checkpoint", file)
 
-    def with_norm(spec, *more, **other):
-        model = build(spec, *more, **other)
-        if spec.startswith("toy-large"):
-            visual, model.clip.visual = model.clip.visual, nn.Sequential(nn.BatchNorm2d(3))
-            model.clip.visual.append(visual)
-            made.append(model)
-        return model
+    def asked(teacher, *given):  # frozen: norms and dropout, too
+        assert not teacher.training
+        assert not any(weight.requires_grad for weight in teacher.parameters())
+        return class_logits(teacher, *given)
 
-    monkeypatch.setattr(deit_video, "build_action_clip", with_norm)
-    go("--data", toy, *FAST, "--out", tmp_path, "--arms", "soft", "hard")
-    end, teacher = weights(tmp_path, "teacher"), made[-1]
-    assert end["model_state_dict"]["visual.0.num_batches_tracked"] > 0  # it moved in its training
-    for key, value in teacher.clip.state_dict().items():
-        assert torch.equal(value, end["model_state_dict"][key])
-    assert all(w.grad is None and not w.requires_grad for w in teacher.parameters())
-
-
-def test_teacher_of_another_width_size_and_number_of_frames(toy, tmp_path):
-    go("--data", toy, *FAST, "--out", tmp_path, "--arms", "one-head")
-    file = next(tmp_path.rglob("teacher-last.pt"))
-    found = go("--data", toy, *FAST, "--out", tmp_path / "b", "--arms", "soft", "hard",
-               "--teacher-checkpoint", file, "--teacher-frames", 4, "--frames", 6)
-    assert found["teacher"]["clips"] == 24
-    assert not list((tmp_path / "b").rglob("teacher-last.pt"))  # nothing was trained
-    before, = (r["frame"] for r in [json.loads(next(tmp_path.glob("deit_video/*/run.json"))
-                                               .read_text())["results"]["teacher"]])
-    assert found["teacher"]["frame"] == before
+    monkeypatch.setattr(deit_video, "class_logits", asked)
+    found = go(*flags, "--arms", "soft")
+    assert not list(tmp_path.rglob("teacher-last.pt"))
+    assert found["teacher"]["top1"] == every[0]["teacher"]["top1"]
+    assert found["teacher"]["M"] == every[0]["teacher"]["M"]
+    assert same(weights(tmp_path, "soft"), weights(every[1], "soft"))
+    with pytest.raises(BadInput, match=r"has 4 frames, .* say --frames 4"):
+        go(*flags, "--frames", 6)
 
 
-def test_the_teacher_of_the_run_before_can_teach_again(toy, tmp_path):
-    flags = ("--data", toy, *FAST, "--out", tmp_path, "--arms", "soft")
-    first = go(*flags)
-    file = next(tmp_path.rglob("teacher-last.pt"))
-    before = file.read_bytes()
-    again = go(*flags, "--teacher-checkpoint", file)
-    assert file.read_bytes() == before
-    assert again["teacher"]["frame"] == first["teacher"]["frame"]
-    assert again["soft"]["mean"] == first["soft"]["mean"]
-
-
-def test_cached_scores_are_those_of_the_fixed_crops(toy, tmp_path, monkeypatch):
-    found = go("--data", toy, *FAST, "--out", tmp_path, "--arms", "soft", "--cache-teacher")
-    assert found["soft"]["clips"] == 24
-    calls, real = [], deit_video.class_logits
-    monkeypatch.setattr(deit_video, "class_logits", lambda *x: calls.append(0) or real(*x))
-    go("--data", toy, *FAST, "--out", tmp_path, "--arms", "soft", "hard", "--cache-teacher",
-       "--epochs", 3)
-    assert len(calls) == 3  # 48 clips in batches of 16, once for both arms and all epochs
-
-
-def test_same_command_gives_the_same_numbers(toy, tmp_path):
-    for name in "ab":
-        go("--data", toy, *FAST, "--out", tmp_path / name, "--arms", "soft")
-    assert same(weights(tmp_path / "a", "soft"), weights(tmp_path / "b", "soft"))
-
-
-def test_killed_and_resumed_ends_the_same(toy, tmp_path, monkeypatch):
-    flags = ("--data", toy, *FAST, "--epochs", 2, "--arms", "two-frame-heads", "soft")
-    go(*flags, "--out", tmp_path / "whole")
-    augment, calls = deit_video.augment, []
+def test_killed_and_resumed_ends_the_same(every, toy, tmp_path, monkeypatch):
+    flags = ("--data", toy, *FAST, "--out", tmp_path, "--arms", "soft", "two-frame-heads")
+    training_view, calls = common.training_view, []
 
     def killed(*given):
-        calls.append(0)
-        if len(calls) == 20:  # in the second epoch of soft
+        calls.append(given)
+        if len(calls) == 15:  # in the second epoch of soft
             raise KeyboardInterrupt
-        return augment(*given)
+        return training_view(*given)
 
-    monkeypatch.setattr(deit_video, "augment", killed)
+    monkeypatch.setattr(common, "training_view", killed)
     with pytest.raises(KeyboardInterrupt):
-        go(*flags, "--out", tmp_path / "cut")
+        go(*flags)
     monkeypatch.undo()
-    go(*flags, "--out", tmp_path / "cut", "--resume")
-    for arm in ("teacher", "two-frame-heads", "soft"):
-        assert same(weights(tmp_path / "whole", arm), weights(tmp_path / "cut", arm))
+    found = go(*flags, "--resume")
+    for arm, numbers in found.items():
+        assert numbers["top1"] == every[0][arm]["top1"]
+        assert same(weights(tmp_path, arm), weights(every[1], arm))
+    assert rows(tmp_path) == [row for row in rows(every[1]) if row["arm"] in found]
 
 
-def test_two_processes_follow_the_loss_curve_of_one(toy, tmp_path, run_script):
-    spatial_kd.main(["--data", str(toy), "--labeller", "toy-small:random", "--student",
-                     "toy-small:random", "--label-only", "--workers", "0", "--out", str(tmp_path)])
-    flags = ("--data", toy, *FAST, "--arms", "hard", "soft", "--spatial-targets",
-             next(tmp_path.rglob("targets.pt")), "--floor", 0)
-    go(*flags, "--out", tmp_path / "one")
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
-    done = run_script("deit_video.py", *flags, "--out", tmp_path / "two", OMP_NUM_THREADS="1",
-                      python=torchrun)
-    assert done.returncode == 0, done.stderr
-    one, two = ([json.loads(line) for line in next((tmp_path / name).rglob("metrics.jsonl")).open()]
-                for name in ("one", "two"))
-    for a, b in zip(one, two, strict=True):
-        for key in ("frame", "token", "cosine"):
-            assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-6)
-        assert a["spatial"] == pytest.approx(b["spatial"], rel=2e-3)
-
-
-def test_the_grid_of_the_thesis_labels_what_it_needs(toy, tmp_path, monkeypatch):
-    asked = []
-
-    def label(command, **_):
-        asked.append(command)
-        spatial_kd.main([*command[2:], "--labeller", "toy-small:random", "--student",
-                         "toy-small:random", "--workers", "0"])
-        return type("done", (), {"returncode": 0})
-
-    with monkeypatch.context() as patch:
-        patch.setattr(deit_video.subprocess, "run", lambda *given, real=deit_video.subprocess.run,
-                      **more: label(*given) if "--label-only" in given[0] else real(*given, **more))
-        found = go("--data", toy, *FAST, "--out", tmp_path, "--grid", "thesis", "--floor", 0)
-    assert list(found) == ["base", "+swap", "+swap+spatial", "+swap+two-heads", "all-three"]
-    assert len(asked) == 1
-    assert asked[0][1].endswith("spatial_kd.py")
-    small = found["+swap"]
-    assert found["+swap+spatial"]["gmac"] == small["gmac"] < found["base"]["gmac"]
-    assert found["+swap+spatial"]["parameters"] == small["parameters"]
-    assert found["all-three"]["parameters"] == found["+swap+two-heads"]["parameters"]
-    assert all({"ms", "clips_per_s"} <= r.keys() for r in found.values())
-    assert {row["arm"]: bool(row["spatial"]) for row in map(
-        json.loads, next(tmp_path.rglob("metrics.jsonl")).open())} == {
-        "base": False, "+swap": False, "+swap+spatial": True, "+swap+two-heads": False,
-        "all-three": True}
-    go("--data", toy, *FAST, "--out", tmp_path, "--grid", "thesis", "--floor", 0)  # asks no more
-
-
-def test_weizmann_reports_every_test_clip(shared, out):
-    found = go("--data", shared / "weizmann", *FAST, "--out", out, "--arms", "soft")
-    assert {r["clips"] for r in found.values()} == {30}
-
-
-def test_a_clip_that_cannot_be_decoded_is_counted(toy, tmp_path, capsys):
-    folder = tmp_path / "some-bad"
+def test_the_grid_of_the_thesis_is_labelled_by_the_command_that_it_names(toy, tmp_path):
+    folder = tmp_path / toy.name
     shutil.copytree(toy, folder)
-    for name in ("train/0003.mp4", "test/0004.mp4"):
-        (folder / name).write_text("no video")
-    for more in ((), ("--cache-teacher",)):
-        found = go("--data", folder, *FAST, "--out", tmp_path, "--arms", "soft", *more)
-        assert {r["clips"] for r in found.values()} == {24}
-        printed = capsys.readouterr().out
-        assert "NOTE 1 training clips cannot be decoded" in printed
-        assert "NOTE 1 test clips cannot be decoded and count as wrong" in printed
+    flags = ("--data", folder, *FAST, "--epochs", 1, "--teacher", "toy-large:random", "--out",
+             tmp_path, "--allow-missing", "--grid", "thesis")
+    with pytest.raises(BadInput, match=r"targets\.pt is missing; .*: python spatial_kd") as error:
+        go(*flags)
+    command = shlex.split(str(error.value).partition("python spatial_kd.py ")[2])
+    assert spatial_kd.parse(command).allow_missing
+    spatial_kd.main([*command, "--labeller", "toy-small:random", "--workers", "0"])
+    found = go(*flags)
+    names = ["base", "+swap", "+swap+spatial", "+swap+two-heads", "all-three"]
+    assert list(found) == list(GRID) == names
+    base, swap, spatial, two, three = ([r["M"], r["GMAC"]] for r in found.values())
+    assert swap == spatial < two == three < base
+    for row in rows(tmp_path):
+        told = {"colour", "shape", "place", "scene"} <= row.keys()
+        assert told == (row["arm"] in ("+swap+spatial", "all-three"))
+    lists = (folder / "train1.csv").read_text().splitlines()
+    (folder / "train1.csv").write_text("\n".join(lists[:-1]))
+    with pytest.raises(BadInput, match=r"targets\.pt was made for other clips"):
+        go(*flags)
+
+
+def test_two_processes_follow_the_loss_curve_of_one_and_end_in_a_result(every, toy, tmp_path,
+                                                                        run_script):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    done = run_script("deit_video.py", "--data", toy, *FAST, "--out", tmp_path, "--arms", "hard",
+                      "soft", OMP_NUM_THREADS="1", python=torchrun)
+    assert done.returncode == 0, done.stderr
+    one = [row for row in rows(every[1]) if row["arm"] in ("teacher", "hard", "soft")]
+    for a, b in zip(one, rows(tmp_path), strict=True):
+        assert a.pop("arm") == b.pop("arm")
+        assert a == pytest.approx(b, rel=2e-3, abs=1e-6)
+    assert re.fullmatch(r"RESULT deit_video data=small-toy split=1 seed=0 teacher=0\.\d{4} "
+                        r"hard=0\.\d{4} soft=0\.\d{4} seconds=\d+", done.stdout.splitlines()[-1])
+
+
+def test_unseen_classes_are_tested(toy, tmp_path):
+    found = go("--data", toy, *FAST, "--out", tmp_path, "--unseen", 2, "--arms", "soft")
+    assert {"top1", "top1_unseen", "top1_unseen_all"} <= found["soft"].keys()
 
 
 # ---- mistakes
 
 
-def test_a_mistake_is_one_line_and_exit_code_two(run_script, toy, tmp_path):
-    done = run_script("deit_video.py", "--data", toy, "--out", tmp_path, "--teacher", "toy-huge")
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert not (tmp_path / "deit_video").exists()
-
-
 @pytest.mark.parametrize(("flags", "message"), [
-    (("--teacher", "ViT-B-33"), "nearest names"),
-    (("--student", "TinyCLIP-ViT-40M-32-Text-19M:gone.pt"), "no file"),
-    (("--teacher-checkpoint", "gone.pt"), "gone.pt is no file"),
-    (("--spatial-targets", "gone.pt"), "no file of targets"),
-    (("--data", "gone"), "no such folder"),
-    (("--resume",), "start one without"),
-])
-def test_mistakes_say_what_would_be_right(toy, tmp_path, flags, message):
-    with pytest.raises(BadInput, match=message):
-        go("--data", toy, *FAST, "--out", tmp_path, *flags)
-    assert not list(tmp_path.rglob("run.json"))
-
-
-def test_targets_of_other_clips_are_refused(toy, tmp_path):
-    torch.save({"clips": ["train/other.mp4 100"], "tasks": []}, tmp_path / "targets.pt")
-    with pytest.raises(BadInput, match="targets of other clips"):
-        go("--data", toy, *FAST, "--out", tmp_path, "--spatial-targets", tmp_path / "targets.pt")
-
-
-@pytest.mark.parametrize("flags", [("--alpha", 2), ("--tau", 0), ("--frames", 78), ("--arms", "x")])
-def test_flags_out_of_range(flags):
-    with pytest.raises(SystemExit):
-        go(*flags)
+    (("--teacher", "ViT-B-33"), "ViT-B-33 is no CLIP"),
+    (("--student", "toy-small:gone.pt"), "toy-small:gone.pt: "),
+    (("--teacher-checkpoint", "gone.pt"), "gone.pt: "),
+    (("--data", "gone"), "--data gone: no such folder")])
+def test_a_mistake_is_one_line_and_exit_code_two(toy, tmp_path, monkeypatch, capsys, flags,
+                                                 message):
+    given = ("deit_video.py", "--data", toy, *FAST, "--out", tmp_path, *flags)
+    monkeypatch.setattr(sys, "argv", list(map(str, given)))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(deit_video.__file__, run_name="__main__")
+    assert stop.value.code == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"deit_video.py: {message}")
+    assert not list(tmp_path.rglob("*-last.pt"))
