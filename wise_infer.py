@@ -268,10 +268,10 @@ def sweep(saved, order, args, held, test, bad):
         cascade = Cascade(saved, order, args.exit_order, segments)
         z, labels = cascade.logits(held, bad)
         z, labels, (costs, _) = z[:, labels >= 0], labels[labels >= 0], cascade.costs()
-        W, (z_t, y_t) = fit_wise(z, labels, args.l1), cascade.logits(test, bad)
+        W, (z_test, y_test) = fit_wise(z, labels, args.l1), cascade.logits(test, bad)
         for loss in (0., .5, 1., 2., 5.):
             theta = choose_theta(z, labels, W, costs, loss)
-            point = operate(z_t, y_t, W, theta, costs)[0]
+            point = operate(z_test, y_test, W, theta, costs)[0]
             numbers = {key: point[key] for key in ("theta", "GMAC", "top1")}
             rows.append({**segments, "max_loss": loss, **numbers})
     rows.sort(key=lambda row: (row["GMAC"], -row["top1"]))
@@ -411,26 +411,26 @@ def main(argv=None):
     if args.video:
         return classify(cascade, args.video, W, theta)
 
-    z_t, y_t = cascade.logits(data.test, data.bad)
+    z_test, y_test = cascade.logits(data.test, data.bad)
     weights, rows = {**baselines(cascade.exits), "WISE": W}, []
     for j, (stream, k) in enumerate(cascade.exits):
         rows.append({"exit": f"{stream}{k}", "GMAC": costs[j].item()})
         for name, w in weights.items():
-            right = weighted_logits(z_t, w[j:j + 1])[0].argmax(-1) == y_t
+            right = weighted_logits(z_test, w[j:j + 1])[0].argmax(-1) == y_test
             rows[-1][name] = right.double().mean().item()
-    points = {"WISE": operate(z_t, y_t, W, 2., costs)[0]}
-    early, said, left = operate(z_t, y_t, W, theta, costs)
+    points = {"WISE": operate(z_test, y_test, W, 2., costs)[0]}
+    early, said, left = operate(z_test, y_test, W, theta, costs)
     real, early["ms"] = run_for_real(cascade, data.test, W, theta)
     points["WISE, early exit"], limit = early, operate(z, labels, W, theta, costs)[0]["GMAC"]
     for name in ("alone", "uniform", "fusion"):
         own = theta_of_cost(z, labels, weights[name], costs, limit)
-        points[f"{name}, early exit"] = operate(z_t, y_t, weights[name], own, costs)[0]
+        points[f"{name}, early exit"] = operate(z_test, y_test, weights[name], own, costs)[0]
     results = {"exits": rows, "points": points, "weights": W.tolist(), "theta": theta,
                "last": rows[-1]["alone"], "last_gmac": whole[args.exit_order[-1]],
                "fusion": rows[-1]["fusion"], "fusion_gmac": sum(whole.values()),
                "sweep": sweep(saved, order, args, held, data.test, data.bad) if args.sweep else [],
-               "same": (torch.tensor(real) == said)[y_t >= 0].double().mean().item()}
-    report(results, cascade, data, said, left, y_t, saved, args, began)
+               "same": (torch.tensor(real) == said)[y_test >= 0].double().mean().item()}
+    report(results, cascade, data, said, left, y_test, saved, args, began)
     return results
 
 
