@@ -194,9 +194,9 @@ def gather(x):
         return x
     parts = [torch.empty_like(x) for _ in range(WORLD)]
     dist.all_gather(parts, x.detach().contiguous())
-    parts[RANK] = x  # gradients reach this process's own part, ...
-    if x.requires_grad:
-        x.register_hook(lambda gradient: WORLD * gradient)  # ... and DDP divides them by W
+    parts[RANK] = own = x.view_as(x)  # gradients reach this process's own part, ...
+    if x.requires_grad:  # own: other uses of x keep their gradients
+        own.register_hook(lambda gradient: WORLD * gradient)  # ... and DDP divides them by W
     return torch.cat(parts)
 
 
@@ -471,10 +471,11 @@ def read_targets(data, args):
     saved = torch.load(path, weights_only=True) if path.exists() else {}
     if saved.get("clips") != data.digest():
         what = "was made for other clips; say" if saved else "is missing; make it with"
+        missing = " --allow-missing" if args.allow_missing else ""
         raise common.BadInput(
             f"--grid: {path} {what}: python spatial_kd.py --label-only --data {args.data} --split "
             f"{args.split} --seed {args.seed} --frames {args.frames} --unseen {args.unseen} --out "
-            f"{args.out}")
+            f"{args.out}{missing}")
     return [common.Task(**task) for task in saved["tasks"]]
 
 

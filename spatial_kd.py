@@ -299,9 +299,9 @@ def gather(x):
         return x
     parts = [torch.empty_like(x) for _ in range(WORLD)]
     dist.all_gather(parts, x.detach().contiguous())
-    parts[RANK] = x  # gradients reach this process's own part, ...
-    if x.requires_grad:
-        x.register_hook(lambda gradient: WORLD * gradient)  # ... and DDP divides them by W
+    parts[RANK] = own = x.view_as(x)  # gradients reach this process's own part, ...
+    if x.requires_grad:  # own: other uses of x keep their gradients
+        own.register_hook(lambda gradient: WORLD * gradient)  # ... and DDP divides them by W
     return torch.cat(parts)
 
 
