@@ -541,7 +541,7 @@ def report(students, results, answers, tests, args, log, run, began):
         lines, said = {}, answers[shown[-1]]
         for i in sorted(said)[::max(1, len(said) // 8)][:8]:
             looks = attention(students[shown[-1]].model, data.test, args.frames, i)
-            cells = [f"attention {p:.2f}".ljust(21) for p in looks]
+            cells = [f"attention {p:.2f}" + 33 * " " for p in looks]  # 130 pixels
             lines[i] = "".join(cells), said[i] == data.test[i][1]
         common.contact_sheet(data.test, lines, args.frames, run / "run.png")
     print(f"record, checkpoints, picture: {run}\nRESULT deit_video data={data.name} "

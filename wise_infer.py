@@ -455,8 +455,9 @@ def report(results, cascade, data, said, left, labels, saved, args, began):
     run = Path(args.out) / "wise_infer" / f"{saved['data']}-s{flags['split']}-seed{flags['seed']}"
     run.mkdir(parents=True, exist_ok=True)
     write_record(run / "run.json", args, data, results, [], began)
-    lines = {}
-    for n in (labels >= 0).nonzero()[:, 0].tolist():
+    order, lines = left.argsort(stable=True), {}  # from those that left first
+    order = order[labels[order] >= 0]
+    for n in order[::max(1, len(order) // 7)].tolist():
         text = f"leaves at {exits[left[n]]}: {cascade.classes[said[n]]}"
         lines[n] = text, bool(said[n] == labels[n])
     common.contact_sheet(data.test, lines, 8, run / "run.png")
