@@ -27,6 +27,10 @@ import pkd_compressed
 import tinyclip_swap
 
 H, W, FRAMES, SEGMENTS = 256, 340, 120, 3
+READ = {"floor": lambda path, at: collections.deque(common.decode(path, at), 0),
+        "motion": functools.partial(common.read_compressed, pictures=False),
+        "all": common.read_compressed,
+        "all + residual": lambda path, at: common.modalities(common.read_compressed(path, at))}
 
 
 def texture(height, width, seed):
@@ -73,12 +77,8 @@ def bench_decoding(repeats=100):
             common.write_video(path, list(moving(speed)), qmin="2", qmax="2")  # as reencode does
             found = common.p_frames(path)
             at = found[common.segment_indices(len(found), SEGMENTS)]
-            read = functools.partial(common.read_compressed, path, at)
-            ways = {"floor": lambda read=read: collections.deque(common.decode(*read.args), 0),
-                    "motion": functools.partial(read, pictures=False), "all": read,
-                    "all + residual": lambda read=read: common.modalities(read())}
-            rows = timed(list(ways.values()), repeats)
-            for way, row in zip(ways, rows, strict=True):
+            rows = timed([functools.partial(way, path, at) for way in READ.values()], repeats)
+            for way, row in zip(READ, rows, strict=True):
                 ratio = np.median(row) / np.median(rows[0])
                 print(f"{name:6} {way:15} {spread(row):20} {ratio:.2f}")
 

@@ -4,7 +4,9 @@ import functools
 import itertools
 import json
 import re
+import runpy
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -186,22 +188,16 @@ def trained(coded, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(trained):
-    """The plain command: results, and what was fitted and chosen on which labels, with the clips
-    that had been decoded by then"""
-    asked, decoded, real = {}, set(), common.read_compressed
-
-    def read(path, *more):
-        decoded.add(path)
-        return real(path, *more)
+    """The plain command: results, and the logits and labels on which something was chosen"""
+    asked = {}
 
     def spied(name, function):
         def call(z, labels, *more):
-            asked.setdefault(name, (z, labels.tolist(), set(decoded)))
+            asked.setdefault(name, (z, labels))
             return function(z, labels, *more)
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "read_compressed", read)
         for name in ("fit_wise", "choose_theta", "theta_of_cost"):
             patch.setattr(wise_infer, name, spied(name, getattr(wise_infer, name)))
         results = go("--data", trained.folder, "--out", trained.out)
@@ -216,20 +212,26 @@ def scattering(z, W):
 
 
 def watch(cascade):
-    """-> lists that fill with the layers and exits of a cascade that run, and with the
+    """-> lists that fill with the layers and the exits of a cascade that run, and with the
     multiplications of its networks and of its exits"""
-    ran, macs = [], {"net": [], "exit": []}
-    for stream in STREAMS:
+    layers, exits, macs = [], [], {"nets": [], "heads": []}
+
+    def note(to, at, *_):
+        to.append(at)
+
+    def count(to, module, x, y):
+        to.append(y.numel() * module.weight[0].numel() / 1e9)
+
+    for stream, k in EXITS:
         net, heads = cascade.nets[stream], cascade.heads[stream]
-        for k, pair in enumerate(zip(net.layers, [*heads, net.fc], strict=True), start=1):
-            for part in pair:
-                part.register_forward_hook(lambda *_, at=(stream, k): ran.append(at))
-        for name, part in (("net", net), ("exit", heads)):
-            for module in part.modules():
-                if isinstance(module, nn.Conv2d | nn.Linear):
-                    module.register_forward_hook(lambda module, x, y, to=macs[name]: to.append(
-                        y.numel() * module.weight[0].numel() / 1e9))
-    return ran, macs
+        exit = net.fc if k == 4 else heads[k - 1]
+        net.layers[k - 1].register_forward_hook(functools.partial(note, layers, (stream, k)))
+        exit.register_forward_hook(functools.partial(note, exits, (stream, k)))
+    for name, to in macs.items():
+        for module in getattr(cascade, name).modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.register_forward_hook(functools.partial(count, to))
+    return layers, exits, macs
 
 
 @pytest.mark.parametrize(("order", "segments", "reads"), [
@@ -250,22 +252,22 @@ def test_a_real_early_exit_is_that_of_the_table(trained, monkeypatch, order, seg
     z, labels = cascade.logits(test, {})
     counts = [cascade.segments[stream] for stream in order]
     due = list(dict.fromkeys(zip(counts, reads, strict=True)))
-    ran, macs = watch(cascade)
+    layers, exits, macs = watch(cascade)
     for theta in (0., scattering(z, SUM), 2.):
         _, said, left = operate(z, labels, SUM, theta, costs)
         for n, (path, _) in enumerate(test):
-            for noted in (read, ran, *macs.values()):
+            for noted in (read, layers, exits, *macs.values()):
                 noted.clear()
             j = left[n].item()
             z_n, p = cascade.run(cascade.look(path), SUM, theta)
             assert torch.equal(z_n, z[:j + 1, n])
             assert p.argmax() == said[n]
-            assert ran == [exit for exit in cascade.exits[:j + 1] for _ in range(2)]
+            assert layers == exits == cascade.exits[:j + 1]
             assert read == due[:1 + j // 4]
-            assert sum(macs["net"] + macs["exit"]) == pytest.approx(costs[j].item())
+            assert sum(macs["nets"] + macs["heads"]) == pytest.approx(costs[j].item())
         assert len(left.unique()) > 2 or theta in (0, 2)
     assert (left == 11).all()
-    assert sum(macs["net"]) == pytest.approx(sum(whole.values()))
+    assert sum(macs["nets"]) == pytest.approx(sum(whole.values()))
 
 
 def test_motion_alone_gives_the_same_logits_to_the_bit(trained):
@@ -282,16 +284,15 @@ def test_everything_is_chosen_on_clips_that_nothing_was_trained_or_is_tested_on(
     held = {path for path, _ in trained.held}
     assert len(held) == 24
     assert trained.decoded == {path for path, _ in trained.data.train + trained.data.test} - held
+    cascade = Cascade(trained.saved, "progressive", STREAMS, {})
+    z, labels = cascade.logits(trained.held, {})
+    for own in base.asked.values():
+        assert torch.equal(own[0], z)
+        assert torch.equal(own[1], labels)
     assert list(base.asked) == ["fit_wise", "choose_theta", "theta_of_cost"]
-    for _, labels, _ in base.asked.values():
-        assert labels == [label for _, label in trained.held]
-    for name in ("fit_wise", "choose_theta"):
-        assert base.asked[name][2] == held
-    z, labels, _ = base.asked["fit_wise"]
     W = torch.tensor(base.results["weights"], dtype=torch.float64)
     assert np.abs(by_hand(W[11], z, labels, 1e-3)[1]).max() < 1e-6
-    costs = Cascade(trained.saved, "progressive", STREAMS, {}).costs()[0]
-    assert base.results["theta"] == choose_theta(z, torch.tensor(labels), W, costs, .5)
+    assert base.results["theta"] == choose_theta(z, labels, W, cascade.costs()[0], .5)
 
 
 def test_bad_clips_count_as_wrong_and_teach_nothing_and_other_data_are_refused(
@@ -314,8 +315,12 @@ def test_bad_clips_count_as_wrong_and_teach_nothing_and_other_data_are_refused(
 
     saved["flags"]["clips"] = common.read_data(folder).digest()
     torch.save(saved, tmp_path / "last.pt")
-    monkeypatch.setattr(wise_infer, "fit_wise", lambda z, labels, l1: taught.append(
-        labels.tolist()) or fit(z, labels, l1))
+
+    def fits(z, labels, l1):
+        taught.append(labels.tolist())
+        return fit(z, labels, l1)
+
+    monkeypatch.setattr(wise_infer, "fit_wise", fits)
     found, printed = go(*flags, "--theta", .2), capsys.readouterr()
     assert taught == [[label for path, label in trained.held if path != trained.held[1][0]]]
     read = np.arange(24) != lost
@@ -353,7 +358,8 @@ def test_record_and_result_agree_and_theta_2_goes_to_the_end(trained, base, tmp_
     record = json.loads(next(tmp_path.rglob("run.json")).read_text())
     assert record["results"] == r
     assert next(tmp_path.rglob("run.png")).stat().st_size > 10_000
-    assert [row["exit"] for row in r["exits"]] == [f"{s}{k}" for s in CODES for k in (1, 2, 3, 4)]
+    exits = itertools.product(CODES, (1, 2, 3, 4))
+    assert [row["exit"] for row in r["exits"]] == [f"{stream}{k}" for stream, k in exits]
     points = r["points"]
     assert points["WISE, early exit"].items() >= points["WISE"].items()
     assert points["WISE"]["leave"] == [0.] * 11 + [1.]
@@ -421,11 +427,14 @@ def test_video_says_what_the_test_says_and_reencodes_what_it_must(trained, base,
 # ---- mistakes
 
 
-def test_a_missing_checkpoint_is_one_line_and_exit_code_two(run_script, tmp_path):
-    done = run_script("wise_infer.py", "--out", tmp_path)
-    assert done.returncode == 2
+def test_a_missing_checkpoint_is_one_line_and_exit_code_two(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["wise_infer.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(wise_infer.__file__, run_name="__main__")
+    assert left.value.code == 2
     assert re.fullmatch(r"wise_infer.py: .*toy-s1-seed0/last.pt is missing; make it with: python "
-                        r"pkd_compressed.py --data toy --split 1 --seed 0 --out .*\n", done.stderr)
+                        r"pkd_compressed.py --data toy --split 1 --seed 0 --out .*\n",
+                        capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
 
 
