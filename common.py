@@ -1022,6 +1022,7 @@ def load_strictly(module, state, path, name):
         raise BadInput(f"{path} does not fit {name}: {str(error).splitlines()[1]:.300}") from error
 
 
+@torch.enable_grad()
 def _train_toy_clip(name, path, steps=300, batch=128):
     """In place of a download: train a toy CLIP as CLIP was trained, on toy stills with captions."""
     rng = np.random.default_rng(0)

@@ -485,3 +485,11 @@ def test_the_toy_clip_is_trained_once_and_finds_captions_of_new_stills(cache):
     found = (image @ text.T).argmax(1)
     right = [captions[j] == caption for j, caption in zip(found, captions, strict=True)]
     assert np.mean(right) > .6  # chance is about 1 in 60
+
+
+@torch.no_grad()
+def test_a_toy_clip_trains_wherever_it_is_built(tmp_path):
+    common._train_toy_clip("toy-small", tmp_path / "a.pt", steps=4, batch=2)  # a labeller needs one
+    start = build_clip("toy-small:random")[0].state_dict()
+    moved = torch.load(tmp_path / "a.pt", weights_only=True)["state_dict"]
+    assert not torch.equal(moved["visual.proj"], start["visual.proj"])
