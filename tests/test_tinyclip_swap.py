@@ -50,7 +50,7 @@ def test_the_plain_command_learns_and_ends_in_a_result(plain):
     printed, checkpoint = plain
     result = re.fullmatch(r"RESULT tinyclip_swap data=moves split=1 seed=0 large=(\S+) small=\S+ "
                           r"gmac_ratio=0\.48\d seconds=\d+", printed.splitlines()[-1])
-    assert float(result[1]) > .8  # chance is .25
+    assert float(result[1]) >= .9  # chance is .25
     record = json.loads(checkpoint.with_name("run.json").read_text())
     assert float(result[1]) == pytest.approx(record["results"]["large"]["top1"])
     assert {"flags", "machine", "versions", "seconds"} <= record.keys()
@@ -67,7 +67,7 @@ def test_order_is_what_the_model_has_learned(plain, moving):
     backwards = predict(model, videos.flip(1), classes)
     assert (backwards == opposite).float().mean() > .8
     still = predict(model, videos[:, 2:3].expand_as(videos), classes)
-    assert (still == labels).float().mean() < .4
+    assert (still == labels).float().mean() < .35
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -92,7 +92,7 @@ def test_affinity_alone_takes_a_student_to_its_teacher(plain, moving, cache, tra
             optimizer.zero_grad()
             schedule.step()
     right = (predict(student, tests, classes) == labels).float().mean()
-    assert right > .75 if trained else right < .4, right
+    assert right > .8 if trained else right < .35, right
 
 
 # ---- the same numbers again
