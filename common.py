@@ -556,8 +556,7 @@ def read_stream(source):
             for frame in frames:
                 if before is not None:
                     passed = 0 if frame.time is None else frame.time - before
-                    passed = passed if 0 < passed < 10 else lasts
-                    t += max(passed, .001)  # a film cannot hold two frames of the same ms
+                    t += passed if 0 < passed < 10 else lasts
                 before = frame.time or 0.
                 yield t, frame
         declared = (stream.frames - 1) / float(stream.guessed_rate or 25)  # not all files say

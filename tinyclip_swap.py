@@ -61,7 +61,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
-from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
 import common
@@ -311,23 +310,6 @@ def read_into(frames, source):
         frames.put(error.reason)
 
 
-def save_frame(film, picture, t, label):
-    """--save: add a picture, uint8 (3, H, W), of second t to the container `film`, with a label"""
-    _, H, W = picture.shape
-    zoom = max(1, H // 160)  # letters are 11 pixels high
-    strip = torch.zeros(3, 15, W // zoom, dtype=torch.uint8)
-    strip = draw_bounding_boxes(strip, torch.tensor([[0, 0, 1, 1]]), [label], "lime")
-    strip = F.interpolate(strip[None], scale_factor=zoom)[0, :, :H]
-    picture[:, :strip.shape[1], :strip.shape[2]] = strip
-    if not film.streams:  # the size of the first frame holds for all; H.264 wants it even
-        film.add_stream("libx264", 1000, width=W // 2 * 2, height=H // 2 * 2, pix_fmt="yuv420p")
-    stream = film.streams.video[0]
-    frame = av.VideoFrame.from_ndarray(picture.permute(1, 2, 0).contiguous().numpy(), "rgb24")
-    frame = frame.reformat(stream.width, stream.height)
-    frame.pts = round(1000 * t)  # the stream counts in ms
-    film.mux(stream.encode(frame))
-
-
 def watch(args):
     """Print a label a second for a stream at its own pace: frames that come while the networks are
     busy are dropped. Exits with 1 where the stream stalls or breaks off."""
@@ -340,7 +322,7 @@ def watch(args):
           f"frames, {args.fps:g} a second; labels: {', '.join(args.labels)}", flush=True)
     frames, counts, spent = queue.Queue(32), collections.Counter(), []
     threading.Thread(target=read_into, args=(frames, args.watch), daemon=True).start()
-    film, began, turn, second, label, line = None, None, None, 0, "", ""
+    began, turn, second, line = None, None, 0, ""
     try:
         while not isinstance(item := frames.get(timeout=STALL), str):
             t, frame = item
@@ -361,9 +343,6 @@ def watch(args):
                 label = best[0][0] if best[0][1] >= .5 else "none of these"
                 scores = ", ".join(f"{name} {q:.2f}" for name, q in best)
                 line = f"{t:7.1f} s  {label:20} {np.median(spent[-100:]):6.1f} ms  {scores}"
-            if args.save:
-                film = film or av.open(args.save, "w")
-                save_frame(film, common.to_picture(frame), t, label)
             if int(t) > second:
                 print(line, flush=True)
                 second = int(t)
@@ -372,9 +351,6 @@ def watch(args):
         end = f"no frame for {STALL} s"
     except KeyboardInterrupt:
         end = "Ctrl-C"
-    if film:
-        film.mux(film.streams.video[0].encode(None))
-        film.close()
     if not spent and end != "Ctrl-C":
         raise common.BadInput(f"--watch {args.watch}: {end}")
     p50, p95 = np.percentile(spent or [0], (50, 95))
@@ -413,7 +389,6 @@ def parse(argv=None):
     add("--labels", default="", help='of --watch, in any words: "waving, running, a dog jumping"')
     add("--fps", type=float, default=4., help="frames sampled per second of --watch")
     add("--no-drop", action="store_true", help="wait for each frame, at whatever speed")
-    add("--save", metavar="FILE", help="write the watched video with its labels: out.mp4")
     add("--seed", type=int, default=0, help="of initial weights, order and augmentation")
     add("--out", default="runs", help="folder for runs and the cache")
     add("--resume", action="store_true", help="go on with a run that was killed")
@@ -427,10 +402,6 @@ def parse(argv=None):
         parser.error("--frames takes 1 to 77; --views, --epochs and --batch-size 1 or more")
     if args.fps <= 0 or (args.watch and len(args.labels) < 2):
         parser.error('--fps takes more than 0, --watch --labels: --labels "waving, running"')
-    film = Path(args.save or "film.mp4").resolve()
-    if film.suffix not in (".mp4", ".mkv", ".mov") or not film.parent.is_dir() or \
-            (args.save and film == Path(args.watch or "-").resolve()):
-        parser.error("--save takes an .mp4, .mkv or .mov in some folder, not the file watched")
     return args
 
 
