@@ -1,8 +1,8 @@
 """Clips in, networks out: data loading and model builders, what a method needs before it starts.
 
 This file trains nothing (but the toy CLIPs, in place of a download), logs nothing, reads no flags
-and knows nothing of the roles that networks play in a method. Sections: errors | toy clips | data
-sets | RGB decoding | compressed decoding | loaders | views | CLIP and ActionCLIP | exit networks
+and knows nothing of the roles that networks play in a method. Sections: errors and files | toys |
+data sets | RGB decoding | compressed decoding | loaders | views | CLIP, ActionCLIP | exit networks
 
 Axes:  B clips   T frames that a network sees   C H W channels, height, width   D embedding width
 K classes   N frames of a file   V windows of a clip   S segments of a coded clip   E exits
@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import functools
 import inspect
+import io
 import itertools
 import json
 import math
@@ -44,7 +45,7 @@ from torchvision import models
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms.v2 import functional as TF
 
-# ---- errors --------------------------------------------------------------------------------------
+# ---- errors and files ----------------------------------------------------------------------------
 
 
 class BadInput(ValueError):
@@ -57,6 +58,60 @@ class BadVideo(Exception):
     def __init__(self, path, reason):
         super().__init__(str(path), reason)  # both arguments, so that it can be pickled
         self.path, self.reason = str(path), reason
+
+
+def run(main):
+    """Run a script's main(). What a user can mend ends in one line and exit code 2."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        line, code = "interrupted; --resume goes on after the last finished epoch", 130
+    except (BadInput, OSError) as error:  # of a loader's worker: at the end of its traceback
+        line, code = str(error).splitlines()[-1].removeprefix("common.BadInput: "), 2
+    else:
+        return
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: {line}\n")
+    sys.exit(code)
+
+
+@functools.cache
+def say_once(text):
+    print(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def renamed(path):
+    """Yields a name to write to, which becomes `path` in the end: a kill or a full disk leaves what
+    was there before. Raises BadInput."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            yield Path(folder) / path.name
+            if not path.is_dir():  # of two runs that make a folder, the faster one has made it
+                (Path(folder) / path.name).replace(path)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def save(state, path):
+    """torch.save, whole or not at all. Raises BadInput."""
+    buffer = io.BytesIO()  # torch.save hides why it cannot write to a file
+    torch.save(state, buffer)
+    with renamed(path) as part:
+        part.write_bytes(buffer.getbuffer())
+
+
+def read_saved(path, *keys):
+    """What save() has written, with these keys, on the CPU. Raises BadInput."""
+    try:
+        saved = torch.load(path, "cpu", weights_only=True)
+        for key in keys:
+            _ = saved[key]
+        return saved
+    except Exception as error:  # torch.load raises many kinds
+        raise BadInput(f"{path} was cut off, or is another kind of file ({type(error).__name__}); "
+                       f"remove it, and the script that writes it starts anew") from error
 
 
 # ---- toy clips -----------------------------------------------------------------------------------
@@ -170,11 +225,8 @@ def cached(cache, name, make, *sources):
     path = Path(cache) / f"{name}-{zlib.crc32(code.encode()):08x}"
     if not path.exists() and (not dist.is_initialized() or dist.get_rank() == 0):
         print(f"making {path}, once ...", file=sys.stderr)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            make(Path(folder) / name)
-            with contextlib.suppress(OSError):  # another run was faster
-                (Path(folder) / name).rename(path)  # only now: a kill leaves nothing half-made
+        with renamed(path) as part:
+            make(part)
     if dist.is_initialized():
         dist.barrier()
     return path
@@ -712,10 +764,8 @@ def coded_copy(path, folder):
     number = zlib.crc32(os.path.abspath(path).encode())
     out = Path(folder) / Path(path).parent.name / f"{Path(path).stem}-{number:08x}.mp4"
     if not out.exists() or out.stat().st_mtime < os.path.getmtime(path):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent) as part:
-            reencode(path, Path(part) / out.name)
-            (Path(part) / out.name).rename(out)
+        with renamed(out) as part:
+            reencode(path, part)
     return str(out)
 
 
@@ -821,6 +871,9 @@ class ClipLoader(torch.utils.data.DataLoader):
             raise BadInput(f"{len(clips)} training clips: too few for {world} processes")
         self.order = ClipOrder(len(clips), batch, clips.train, clips.seed, rank, world)
         self.bad, self.lost = {} if bad is None else bad, set()  # of several loaders, of this one
+        if clips.train and len(self.order) < 10:
+            say_once(f"{len(clips)} training clips in batches of {batch}: an epoch has only "
+                     f"{len(self.order)} steps; a smaller --batch-size may learn more")
         super().__init__(clips, batch_sampler=self.order, num_workers=workers,
                          persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
                          collate_fn=_collate)
@@ -837,6 +890,18 @@ class ClipLoader(torch.utils.data.DataLoader):
                 raise BadInput(f"{len(self.lost)} of {len(self.dataset)} clips cannot be decoded, "
                                f"last {list(self.bad)[-1]}; take them off the list")
             yield batch
+
+    def mean(self, values):
+        """Values (n,) of each batch of this epoch, a list -> their means. Raises BadInput, with the
+        clips of the first batch of which a value is not finite."""
+        values = torch.stack(values)
+        broken = (~values.isfinite().all(1)).tolist()
+        if any(broken):
+            clips = [self.dataset.clips[i][0] for _, i in list(self.order)[broken.index(True)]]
+            raise BadInput(f"epoch {self.order.epoch + 1}, batch {broken.index(True) + 1} of "
+                           f"{len(broken)}: a value is not finite; a lower --lr may help, or look "
+                           f"at its clips, {', '.join(clips[:3])}, ...")
+        return values.mean(0).tolist()
 
 
 # ---- views: what networks see of a clip ----------------------------------------------------------
@@ -920,7 +985,7 @@ def contact_sheet(clips, lines, frames, path):
         colour = "lime" if good else "red"
         rows.append(torchvision.utils.draw_bounding_boxes(row, box, [words], colour))
     if rows:
-        torchvision.io.write_png(torch.cat(rows, 1), str(path))
+        path.write_bytes(bytes(torchvision.io.encode_png(torch.cat(rows, 1)).numpy()))
 
 
 # ---- CLIP and ActionCLIP builders ----------------------------------------------------------------
@@ -969,6 +1034,7 @@ def build_clip(spec, cache="runs/cache"):
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
             raise BadInput(f"{spec}: no such file, nor a tag of {name} ({tags}). TinyCLIP's files: "
                            f"github.com/wkcn/TinyCLIP-model-zoo")
+        print(f"{spec}: downloaded, or taken from the cache ...", file=sys.stderr)
         try:
             path = open_clip.download_pretrained(tag)
         except Exception as error:
@@ -987,17 +1053,14 @@ def build_clip(spec, cache="runs/cache"):
 
 def read_weights(path):
     """Read a file of weights -> {"clip": state, ...}. Raises BadInput. The formats: TinyCLIP's and
-    open_clip's {"state_dict"}, or the bare tensors; OpenAI's TorchScript archive, which adds
-    quick_gelu=True; ActionCLIP's {"model_state_dict", "fusion_model_state_dict"}, which adds that
-    and fusion=state (ours say quick_gelu and more themselves)."""
+    open_clip's {"state_dict"}, or the bare tensors; ActionCLIP's {"model_state_dict",
+    "fusion_model_state_dict"}, which adds quick_gelu=True and fusion=state (ours say quick_gelu and
+    more themselves). OpenAI's TorchScript archives are programs, and are not run."""
     more = {}
     try:
-        try:
-            state = open_clip.factory.load_state_dict(str(path))
-        except RuntimeError:
-            state, more = torch.jit.load(path, "cpu").state_dict(), {"quick_gelu": True}
-            for key in ("input_resolution", "context_length", "vocab_size"):
-                state.pop(key, None)
+        state = open_clip.factory.load_state_dict(str(path))
+        for key in ("input_resolution", "context_length", "vocab_size"):  # of such an archive
+            state.pop(key, None)
         if "model_state_dict" in state:
             more = {key: value for key, value in state.items() if "state" not in key}
             more = {"quick_gelu": True, **more, "fusion": state["fusion_model_state_dict"]}
@@ -1009,6 +1072,11 @@ def read_weights(path):
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except Exception as error:
+        if "TorchScript" in str(error):
+            raise BadInput(
+                f"{path} is a TorchScript archive, as OpenAI's are, and may run any code. If you "
+                f"trust it: python -c \"import torch; torch.save(torch.jit.load('{path}', 'cpu')"
+                f".state_dict(), 'FILE')\", then NAME-quickgelu:FILE") from error
         raise BadInput(f"{path} holds no weights in a known format ({error!r:.99})") from error
     return {"clip": state, **more}
 
@@ -1019,6 +1087,9 @@ def load_strictly(module, state, path, name):
         module.load_state_dict(state)
     except RuntimeError as error:
         raise BadInput(f"{path} does not fit {name}: {str(error).splitlines()[1]:.300}") from error
+    for key, weight in module.state_dict().items():
+        if not weight.isfinite().all():
+            raise BadInput(f"{path}: {key} of {name} has values that are not finite")
 
 
 @torch.enable_grad()
@@ -1048,7 +1119,7 @@ def _train_toy_clip(name, path, steps=300, batch=128):
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    torch.save({"state_dict": clip.state_dict()}, path)
+    save({"state_dict": clip.state_dict()}, path)
 
 
 PROMPTS = (  # ActionCLIP's 16 templates
@@ -1148,7 +1219,11 @@ class ActionCLIP(nn.Module):
     def prompts(self, classes, templates=PROMPTS):
         """K class names -> token ids (P, K, L), template-major, P = 16 templates"""
         tokens = [self.tokenizer(list(map(template.format, classes))) for template in templates]
-        return torch.stack(tokens).to(self.mean.device)
+        tokens = torch.stack(tokens)
+        if min(len(texts.unique(dim=0)) for texts in tokens) < len(set(classes)):
+            raise BadInput(f"two names are the same in their first {tokens.shape[2]} tokens; the "
+                           f"longest one is: {max(classes, key=len):.99}")
+        return tokens.to(self.mean.device)
 
     @torch.no_grad()
     def embed_classes(self, classes, templates=PROMPTS):
@@ -1195,7 +1270,7 @@ def build_action_clip(spec, fusion_layers=6, cache="runs/cache", token=False, ch
     if fusion is not None:
         load_strictly(model.fusion, fusion, path, f"a fusion head of {fusion_layers} layers")
         model.frames = saved.get("frames")
-        if model.frames not in (None, *range(1, 78)):
+        if model.frames is not None and not (type(model.frames) is int and 0 < model.frames < 78):
             raise BadInput(f"{path} says that it has {model.frames} frames; 1 to 77 are possible")
     return model
 

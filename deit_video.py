@@ -53,7 +53,6 @@ import json
 import math
 import os
 import platform
-import sys
 import time
 import timeit
 from pathlib import Path
@@ -218,8 +217,8 @@ def make_optimizer(model, lr, steps):
 
 
 def keep(row, rows, epochs, path, flags, about, parts):
-    """Log the row of an epoch, and write the state of `parts`, {name: module or optimizer}, to
-    `path`; renamed into place: a kill leaves the old checkpoint or the new one."""
+    """Log the row of an epoch; write the state of `parts`, {name: module or optimizer}, to `path`:
+    a kill leaves the old checkpoint or the new one."""
     rows.append(row)
     if len(rows) == epochs:  # finished: no optimizer
         parts = {name: part for name, part in parts.items() if hasattr(part, "parameters")}
@@ -227,13 +226,12 @@ def keep(row, rows, epochs, path, flags, about, parts):
         cells = [f"{k} {x:.4f}" if isinstance(x, float) else f"{k} {x}" for k, x in row.items()]
         print("  ".join(cells), flush=True)
         state = {name: part.state_dict() for name, part in parts.items()}
-        torch.save({**about, **state, "rows": rows, "flags": flags}, f"{path}.part")
-        os.replace(f"{path}.part", path)
+        common.save({**about, **state, "rows": rows, "flags": flags}, path)
 
 
 def resume(path, flags, parts):
     """Load what a killed run has left -> its rows. Raises BadInput: other flags or clips."""
-    saved = torch.load(path, map_location=DEVICE, weights_only=True)
+    saved = common.read_saved(path, "flags", "rows")
     other = [f"{key} {value}, now {flags[key]}" for key, value in saved["flags"].items()
              if flags[key] != value and key not in ("resume", "workers", "out")]
     if other:
@@ -290,7 +288,7 @@ def train(name, student, teacher, data, mirror, args, run, log):
     q = [task.q.float().to(DEVICE) for task in tasks]                           # (N, L_k) each
 
     for epoch in range(len(rows), args.epochs):
-        began, sums = time.time(), torch.zeros(3 + len(tasks), device=DEVICE)
+        began, terms = time.time(), []
         loader.order.epoch = epoch
         student.train()
         batches = tqdm(loader, f"{name} {epoch + 1}/{args.epochs}", leave=False, disable=None)
@@ -323,11 +321,11 @@ def train(name, student, teacher, data, mirror, args, run, log):
             with torch.no_grad():
                 student.clamp_scales()
                 cosine = F.cosine_similarity(h_token, h_frame).mean()
-                sums += torch.stack([frame, token, cosine, *spatial]) / len(loader)
+                terms.append(torch.stack([frame, token, cosine, *spatial]))
+        row = {"arm": name, "epoch": epoch + 1}
         names = ["frame", "token", "cosine", *(task.name for task in tasks)]
-        terms = dict(zip(names, sums.tolist(), strict=True))
-        speed = len(loader) * loader.order.batch / (time.time() - began)
-        row = {"arm": name, "epoch": epoch + 1, **terms, "clips_per_s": speed}
+        row.update(zip(names, loader.mean(terms), strict=True))
+        row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
         keep(row, rows, args.epochs, path, flags, model.about(args.frames), parts)
     log += rows
 
@@ -384,7 +382,8 @@ def write_record(path, args, data, results, log, began):
     versions = {module.__name__: module.__version__ for module in (torch, open_clip, av, np)}
     record = {"flags": vars(args), "versions": versions, "machine": MACHINE, "bad": data.bad,
               "notes": data.notes(), "results": results, "seconds": time.time() - began}
-    path.write_text(json.dumps(record, indent=1))
+    with common.renamed(path) as part:
+        part.write_text(json.dumps(record, indent=1))
     if log:
         path.with_name("metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
 
@@ -432,20 +431,25 @@ def parse(argv=None):
     add("--alpha", type=float, default=.5, help="of eq. (7)")
     add("--tau", type=float, default=1., help="of eq. (6)")
     add("--lambda", type=float, default=.5, dest="weight", help="of eq. (5)")
-    add("--epochs", type=int, help="6 for toy clips, else 50, as ActionCLIP")
+    add("--epochs", type=int, default=50, help="as ActionCLIP; 6 for toy clips")
     add("--batch-size", type=int, default=32, help="of all processes together")
-    add("--lr", type=float, help="of CLIP's towers; 4e-4 for toys, else 5e-6, as ActionCLIP")
+    add("--lr", type=float, default=5e-6, help="of CLIP's towers, as ActionCLIP; 4e-4 for toys")
     add("--compile", action="store_true", help="torch.compile the image towers")
     add("--seed", type=int, default=0, help="of initial weights, order and augmentation")
     add("--out", default="runs", help="folder for runs and the cache")
     add("--resume", action="store_true", help="go on with a run that was killed")
     add("--workers", type=int, default=max(1, min(8, os.cpu_count() - 1)), help="that decode")
+    args, _ = parser.parse_known_args(argv)
+    if args.data == "toy":
+        parser.set_defaults(epochs=6)
+    if args.student.startswith("toy-"):
+        parser.set_defaults(lr=4e-4)
     args = parser.parse_args(argv)
-    args.epochs = args.epochs or (6 if args.data == "toy" else 50)
-    args.lr = args.lr or (4e-4 if args.student.startswith("toy-") else 5e-6)
-    if min(args.epochs, args.batch_size) < 1 or not 1 <= args.frames <= 77:
-        parser.error("--frames takes 1 to 77; --epochs and --batch-size 1 or more")
-    if not 0 <= args.alpha <= 1 or args.tau <= 0 or args.weight < 0:
+    if min(args.epochs, args.batch_size) < 1 or min(args.seed, args.workers) < 0:
+        parser.error("--epochs, --batch-size take 1 or more, --seed, --workers 0 or more")
+    if not (1 <= args.frames <= 77 and 0 < args.lr < math.inf):
+        parser.error("--frames takes 1 to 77, --lr more than 0")
+    if not (0 <= args.alpha <= 1 and 0 < args.tau < math.inf and 0 <= args.weight < math.inf):
         parser.error("--alpha takes 0 to 1, --tau more than 0, --lambda 0 or more")
     return args
 
@@ -468,7 +472,7 @@ def build(name, arm, tasks, args, cache):
 def read_targets(data, args):
     """The tasks that spatial_kd.py has labelled these clips for. Raises BadInput."""
     path = Path(args.out) / "spatial_kd" / f"{data.name}-s{args.split}-seed{args.seed}/targets.pt"
-    saved = torch.load(path, weights_only=True) if path.exists() else {}
+    saved = common.read_saved(path, "tasks") if path.exists() else {}
     if saved.get("clips") != data.digest():
         what = "was made for other clips; say" if saved else "is missing; make it with"
         missing = " --allow-missing" if args.allow_missing else ""
@@ -550,8 +554,4 @@ def report(students, results, answers, tests, args, log, run, began):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except common.BadInput as error:
-        sys.stderr.write(f"deit_video.py: {error}\n")
-        sys.exit(2)
+    common.run(main)

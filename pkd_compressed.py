@@ -51,9 +51,9 @@ import copy
 import functools
 import itertools
 import json
+import math
 import os
 import platform
-import sys
 import time
 import timeit
 from pathlib import Path
@@ -67,7 +67,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.io import write_png
+from torchvision.io import encode_png
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes, flow_to_image, make_grid
 from tqdm import tqdm
@@ -184,8 +184,8 @@ def adamw(module, lr, steps):
 
 
 def keep(row, rows, epochs, path, flags, about, parts):
-    """Log the row of an epoch, and write the state of `parts`, {name: module or optimizer}, to
-    `path`; renamed into place: a kill leaves the old checkpoint or the new one."""
+    """Log the row of an epoch; write the state of `parts`, {name: module or optimizer}, to `path`:
+    a kill leaves the old checkpoint or the new one."""
     rows.append(row)
     if len(rows) == epochs:  # finished: no optimizer
         parts = {name: part for name, part in parts.items() if hasattr(part, "parameters")}
@@ -193,13 +193,12 @@ def keep(row, rows, epochs, path, flags, about, parts):
         cells = [f"{k} {x:.4f}" if isinstance(x, float) else f"{k} {x}" for k, x in row.items()]
         print("  ".join(cells), flush=True)
         state = {name: part.state_dict() for name, part in parts.items()}
-        torch.save({**about, **state, "rows": rows, "flags": flags}, f"{path}.part")
-        os.replace(f"{path}.part", path)
+        common.save({**about, **state, "rows": rows, "flags": flags}, path)
 
 
 def resume(path, flags, parts):
     """Load what a killed run has left -> its rows. Raises BadInput: other flags or clips."""
-    saved = torch.load(path, map_location=DEVICE, weights_only=True)
+    saved = common.read_saved(path, "flags", "rows")
     other = [f"{key} {value}, now {flags[key]}" for key, value in saved["flags"].items()
              if flags[key] != value and key not in ("resume", "workers", "out")]
     if other:
@@ -209,14 +208,16 @@ def resume(path, flags, parts):
     return saved["rows"]
 
 
-def average(x, module):
-    """Sums over batches -> their mean over processes, as a list. BatchNorm's statistics become
-    those of process 0: DDP copies them before a step, not after the last one."""
-    if WORLD > 1:
-        dist.all_reduce(x)
-        for buffer in module.buffers():
-            dist.broadcast(buffer, 0)
-    return (x / WORLD).tolist()
+def average(terms, module):
+    """A list of losses (n,) -> their mean over processes. BatchNorm's statistics become those of
+    process 0: DDP copies them before a step, not after the last one."""
+    if WORLD == 1:
+        return terms
+    terms = torch.stack(terms) / WORLD
+    dist.all_reduce(terms)
+    for buffer in module.buffers():
+        dist.broadcast(buffer, 0)
+    return list(terms)
 
 
 def train_streams(streams, data, mirror, args, flags, run, log):
@@ -230,7 +231,7 @@ def train_streams(streams, data, mirror, args, flags, run, log):
     rows = resume(path, flags, parts) if args.resume and path.exists() else []
     wrapped = nn.parallel.DistributedDataParallel(streams) if WORLD > 1 else streams
     for epoch in range(len(rows), args.epochs):
-        began, sums = time.time(), torch.zeros(3, device=DEVICE)
+        began, terms = time.time(), []
         loader.order.epoch = epoch
         streams.train()
         for batch in tqdm(loader, f"streams {epoch + 1}/{args.epochs}", leave=False, disable=None):
@@ -244,9 +245,9 @@ def train_streams(streams, data, mirror, args, flags, run, log):
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            sums += torch.stack(losses).detach() / len(loader)
+            terms.append(torch.stack(losses).detach())
         row = {"stage": "streams", "epoch": epoch + 1}
-        row.update(zip(STREAMS, average(sums, streams), strict=True))
+        row.update(zip(STREAMS, loader.mean(average(terms, streams)), strict=True))
         row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
         keep(row, rows, args.epochs, path, flags, {}, parts)
     log += rows
@@ -310,7 +311,7 @@ def train_exits(streams, exits, data, mirror, args, flags, about, run, log):
     wrapped = nn.parallel.DistributedDataParallel(exits) if WORLD > 1 else exits
     names = [f"{order}-{stream}" for order, stream in itertools.product(args.order, STREAMS)]
     for epoch in range(len(rows), args.exit_epochs):
-        began, sums = time.time(), torch.zeros(len(names), device=DEVICE)
+        began, terms = time.time(), []
         loader.order.epoch = epoch
         exits.train()
         batches = tqdm(frozen_batches(streams, loader, cache, mirror, args),
@@ -327,9 +328,9 @@ def train_exits(streams, exits, data, mirror, args, flags, about, run, log):
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            sums += torch.stack(losses).detach() / len(loader)
+            terms.append(torch.stack(losses).detach())
         row = {"stage": "exits", "epoch": epoch + 1}
-        row.update(zip(names, average(sums, exits), strict=True))
+        row.update(zip(names, loader.mean(average(terms, exits)), strict=True))
         row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
         keep(row, rows, args.exit_epochs, path, flags, about, parts)
     log += rows
@@ -445,7 +446,7 @@ def draw_streams(data, args, path):
             zoom = F.interpolate(picture.float(), scale_factor=192 / coded.size[0])[0].byte()
             zoom = F.pad(TF.center_crop(zoom, [192, 256]), (0, 0, 16, 0))
             tiles.append(draw_bounding_boxes(zoom, torch.tensor([[0, 0, 255, 207]]), [name]))
-    write_png(make_grid(tiles, 4), str(path))
+    path.write_bytes(bytes(encode_png(make_grid(tiles, 4)).numpy()))
 
 
 def table(rows):
@@ -462,7 +463,8 @@ def write_record(path, args, data, results, log, began):
     versions = {module.__name__: module.__version__ for module in (torch, open_clip, av, np)}
     record = {"flags": vars(args), "versions": versions, "machine": MACHINE, "bad": data.bad,
               "notes": data.notes(), "results": results, "seconds": time.time() - began}
-    path.write_text(json.dumps(record, indent=1))
+    with common.renamed(path) as part:
+        part.write_text(json.dumps(record, indent=1))
     if log:
         path.with_name("metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
 
@@ -479,40 +481,41 @@ def parse(argv=None):
     add("--allow-missing", action="store_true", help="go on without missing clips")
     add("--reencode", action="store_true", help="use copies in CoViAR's form, made in OUT/cache")
     add("--segments", type=int, default=3, help="S, frames per clip")
-    add("--size", type=int, help="pixels; 32 for toy clips, else 224")
+    add("--size", type=int, default=224, help="pixels; 32 for toy clips")
     add("--holdout", type=float, default=.2, help="share of training clips kept for wise_infer.py")
-    add("--networks", nargs=3, metavar=("MV", "R", "I"), help="ResNets of torchvision or toy; toy "
-        "for toy clips, else resnet18 resnet18 resnet50, the paper's")
+    add("--networks", nargs=3, metavar=("MV", "R", "I"), default=["resnet18", "resnet18",
+        "resnet50"], help="ResNets of torchvision (the paper's) or toy; toy for toy clips")
     add("--imagenet", action="store_true", help="start from torchvision's ImageNet weights")
     add("--order", nargs="+", choices=[*ORDERS, "all"], default=["ce", "progressive"], help="eq. 3")
     add("--third-teacher", choices=("self", "i"), default="self", help="of eq. (3)")
     add("--tau", type=float, default=1., help="temperature of eq. (2)")
     add("--flatness", action="store_true", help="measure how flat the three minima are")
-    add("--epochs", type=int, help="of the networks; 24 for toy clips, else 120")
-    add("--exit-epochs", type=int, help="of the exits; 24 for toy clips, else 60")
+    add("--epochs", type=int, default=120, help="of the networks; 24 for toy clips")
+    add("--exit-epochs", type=int, default=60, help="of the exits; 24 for toy clips")
     add("--crops", type=int, default=2, help="fixed crops per clip for the exits")
     add("--cache-gb", type=float, default=16., help="limit of the feature cache; HMDB51 takes 72")
     add("--batch-size", type=int, default=32, help="of all processes together")
-    add("--lr", type=float, help="3e-3 for toy networks, else 1e-3")
+    add("--lr", type=float, default=1e-3, help="3e-3 for toy networks")
     add("--compile", action="store_true", help="torch.compile the three networks")
     add("--seed", type=int, default=0, help="of initial weights, order and augmentation")
     add("--out", default="runs", help="folder for runs and the cache")
     add("--resume", action="store_true", help="go on with a run that was killed")
     add("--workers", type=int, default=max(1, min(8, os.cpu_count() - 1)), help="that decode")
+    args, _ = parser.parse_known_args(argv)
+    if args.data == "toy":
+        parser.set_defaults(size=32, epochs=24, exit_epochs=24, networks=["toy"] * 3)
+    if "toy" in parser.parse_known_args(argv)[0].networks:
+        parser.set_defaults(lr=3e-3)
     args = parser.parse_args(argv)
-    toy = args.data == "toy"
-    args.size = args.size or (32 if toy else 224)
-    args.epochs = args.epochs or (24 if toy else 120)
-    args.exit_epochs = args.exit_epochs or (24 if toy else 60)
-    args.networks = args.networks or (["toy"] * 3 if toy else ["resnet18", "resnet18", "resnet50"])
-    args.lr = args.lr or (3e-3 if "toy" in args.networks else 1e-3)
     args.order = list(ORDERS) if "all" in args.order else list(dict.fromkeys(args.order))
     copies = f"{args.out}/cache/{Path(args.data).resolve().name}-mpeg4"
     args.copies = copies if args.reencode else None
     if min(args.segments, args.epochs, args.exit_epochs, args.crops, args.batch_size) < 1:
         parser.error("--segments, --epochs, --exit-epochs, --crops, --batch-size take 1 or more")
-    if args.size < 32 or not 0 <= args.holdout < 1 or args.tau <= 0:
-        parser.error("--size takes 32 or more, --holdout 0 to 1, --tau more than 0")
+    if min(args.seed, args.workers) < 0 or args.size < 32 or not 0 <= args.holdout < 1:
+        parser.error("--seed, --workers take 0 or more, --size 32 or more, --holdout 0 to 1")
+    if not (0 < args.lr < math.inf and 0 < args.tau < math.inf):
+        parser.error("--lr and --tau take more than 0")
     return args
 
 
@@ -592,8 +595,4 @@ def report(streams, exits, top1, minima, data, args, log, run, began):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except common.BadInput as error:
-        sys.stderr.write(f"pkd_compressed.py: {error}\n")
-        sys.exit(2)
+    common.run(main)

@@ -167,9 +167,11 @@ def read_vocabulary(path):
         held = json.loads(Path(path).read_text(encoding="utf-8")) if path else VOCABULARY
         tasks = [common.Task(name, **task) for name, task in held.items()]
         for _, labels, templates, _, _ in tasks:
-            sentences = [text.format(label) for text, label in itertools.product(templates, labels)]
-            if len(labels) < 2 or len(set(sentences)) < len(sentences):
-                raise ValueError("a task takes two or more different labels, and templates with {}")
+            places = [text.split("{}") for text in templates]
+            plain = not any(set("{}") & set("".join(parts)) for parts in places)
+            if len(set(labels)) < max(2, len(labels)) or not plain or {*map(len, places)} != {2}:
+                raise ValueError("a task takes two or more different labels, and templates with "
+                                 "one {} each")
     except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
         raise common.BadInput(f'--vocabulary {path}: {error}; the form is {{"scene": {{"labels": '
                               f'["a kitchen", "a street"], "templates": ["in {{}}"]}}}}') from None
@@ -212,7 +214,7 @@ def find_targets(tasks, data, args, run):
     made = {"clips": data.digest(), "frames": args.frames, "labeller": [args.labeller, weights],
             "vocabulary": [list(task[:4]) for task in tasks]}
     path = run / "targets.pt"
-    before = torch.load(path, weights_only=True) if path.exists() else {}
+    before = common.read_saved(path, "tasks") if path.exists() else {}
     changed = [key for key in made if before.get(key) != made[key]]
     if not changed:
         print(f"targets: those in {path}", flush=True)
@@ -236,8 +238,7 @@ def find_targets(tasks, data, args, run):
         q_k, kept = keep_labels(q_k.cpu(), KEEP)
         out.append(task._replace(labels=[task.labels[k] for k in kept], q=q_k.half()))
     if RANK == 0:
-        torch.save({**made, "tasks": [task._asdict() for task in out]}, f"{path}.part")
-        os.replace(f"{path}.part", path)
+        common.save({**made, "tasks": [task._asdict() for task in out]}, path)
     return out
 
 
@@ -323,8 +324,8 @@ def make_optimizer(model, lr, steps):
 
 
 def keep(row, rows, epochs, path, flags, about, parts):
-    """Log the row of an epoch, and write the state of `parts`, {name: module or optimizer}, to
-    `path`; renamed into place: a kill leaves the old checkpoint or the new one."""
+    """Log the row of an epoch; write the state of `parts`, {name: module or optimizer}, to `path`:
+    a kill leaves the old checkpoint or the new one."""
     rows.append(row)
     if len(rows) == epochs:  # finished: no optimizer
         parts = {name: part for name, part in parts.items() if hasattr(part, "parameters")}
@@ -332,13 +333,12 @@ def keep(row, rows, epochs, path, flags, about, parts):
         cells = [f"{k} {x:.4f}" if isinstance(x, float) else f"{k} {x}" for k, x in row.items()]
         print("  ".join(cells), flush=True)
         state = {name: part.state_dict() for name, part in parts.items()}
-        torch.save({**about, **state, "rows": rows, "flags": flags}, f"{path}.part")
-        os.replace(f"{path}.part", path)
+        common.save({**about, **state, "rows": rows, "flags": flags}, path)
 
 
 def resume(path, flags, parts):
     """Load what a killed run has left -> its rows. Raises BadInput: other flags or clips."""
-    saved = torch.load(path, map_location=DEVICE, weights_only=True)
+    saved = common.read_saved(path, "flags", "rows")
     other = [f"{key} {value}, now {flags[key]}" for key, value in saved["flags"].items()
              if flags[key] != value and key not in ("resume", "workers", "out")]
     if other:
@@ -368,7 +368,7 @@ def train(arm, student, data, mirror, args, run, log):
     q = [task.q.float().to(DEVICE) for task in tasks]                           # (N, L_k) each
 
     for epoch in range(len(rows), args.epochs):
-        began, sums = time.time(), torch.zeros(1 + len(tasks), device=DEVICE)
+        began, terms = time.time(), []
         loader.order.epoch = epoch
         student.train()
         batches = tqdm(loader, f"{arm} {epoch + 1}/{args.epochs}", leave=False, disable=None)
@@ -393,10 +393,11 @@ def train(arm, student, data, mirror, args, run, log):
             schedule.step()
             with torch.no_grad():
                 student.clamp_scales()
-                sums += torch.stack([pair, *spatial]) / len(loader)
-        terms = dict(zip(["kl_pair", *(task.name for task in tasks)], sums.tolist(), strict=True))
-        speed = len(loader) * loader.order.batch / (time.time() - began)
-        row = {"arm": arm, "epoch": epoch + 1, **terms, "clips_per_s": speed}
+            terms.append(torch.stack([pair, *spatial]).detach())
+        row = {"arm": arm, "epoch": epoch + 1}
+        names = ["kl_pair", *(task.name for task in tasks)]
+        row.update(zip(names, loader.mean(terms), strict=True))
+        row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
         keep(row, rows, args.epochs, path, flags, about, parts)
     log += rows
 
@@ -476,7 +477,8 @@ def write_record(path, args, data, results, log, began):
     versions = {module.__name__: module.__version__ for module in (torch, open_clip, av, np)}
     record = {"flags": vars(args), "versions": versions, "machine": MACHINE, "bad": data.bad,
               "notes": data.notes(), "results": results, "seconds": time.time() - began}
-    path.write_text(json.dumps(record, indent=1))
+    with common.renamed(path) as part:
+        part.write_text(json.dumps(record, indent=1))
     if log:
         path.with_name("metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
 
@@ -486,7 +488,7 @@ def describe(args, run):
     path = run / "spatial-last.pt"
     if not path.exists():
         raise common.BadInput(f"--describe: {path} is missing; train it first")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = common.read_saved(path, "classes", "tasks", "spatial_heads")
     model = common.build_action_clip("", cache=Path(args.out) / "cache", checkpoint=path)
     student = Student(model, [common.Task(*task) for task in saved["tasks"]]).to(DEVICE)
     student.heads.load_state_dict(saved["spatial_heads"])
@@ -516,21 +518,26 @@ def parse(argv=None):
     add("--student", default="toy-large", help="NAME[:WEIGHTS] of the backbone that is trained")
     add("--label-only", action="store_true", help="label and look at the labels; train nothing")
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS[:3]), help="what is trained")
-    add("--epochs", type=int, help="6 for toy clips, else 50, as ActionCLIP")
+    add("--epochs", type=int, default=50, help="as ActionCLIP; 6 for toy clips")
     add("--batch-size", type=int, default=32, help="of all processes together")
-    add("--lr", type=float, help="of CLIP's towers; 4e-4 for toys, else 5e-6, as ActionCLIP")
+    add("--lr", type=float, default=5e-6, help="of CLIP's towers, as ActionCLIP; 4e-4 for toys")
     add("--compile", action="store_true", help="torch.compile the student")
     add("--describe", metavar="VIDEO", help="no training: what the trained run says of this file")
     add("--seed", type=int, default=0, help="of initial weights, order and augmentation")
     add("--out", default="runs", help="folder for runs and the cache")
     add("--resume", action="store_true", help="go on with a run that was killed")
     add("--workers", type=int, default=max(1, min(8, os.cpu_count() - 1)), help="that decode")
+    args, _ = parser.parse_known_args(argv)
+    if args.data == "toy":
+        parser.set_defaults(epochs=6)
+    if args.student.startswith("toy-"):
+        parser.set_defaults(lr=4e-4)
     args = parser.parse_args(argv)
-    args.epochs = args.epochs or (6 if args.data == "toy" else 50)
-    args.lr = args.lr or (4e-4 if args.student.startswith("toy-") else 5e-6)
-    if min(args.epochs, args.batch_size) < 1 or not 1 <= args.frames <= 77 or args.weight < 0:
-        parser.error("--frames takes 1 to 77; --epochs and --batch-size 1 or more; --lambda 0 or "
-                     "more (the adversarial arm reverses it)")
+    if min(args.epochs, args.batch_size) < 1 or min(args.seed, args.workers) < 0:
+        parser.error("--epochs, --batch-size take 1 or more, --seed, --workers 0 or more")
+    if not (1 <= args.frames <= 77 and 0 < args.lr < math.inf and 0 <= args.weight < math.inf):
+        parser.error("--frames takes 1 to 77, --lr more than 0, --lambda 0 or more (the arm "
+                     "`adversarial` reverses it)")
     return args
 
 
@@ -612,8 +619,4 @@ def report(results, answers, labels, tests, args, log, run, began):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except common.BadInput as error:
-        sys.stderr.write(f"spatial_kd.py: {error}\n")
-        sys.exit(2)
+    common.run(main)

@@ -136,8 +136,8 @@ def make_optimizer(model, lr, steps):
 
 
 def keep(row, rows, epochs, path, flags, about, parts):
-    """Log the row of an epoch, and write the state of `parts`, {name: module or optimizer}, to
-    `path`; renamed into place: a kill leaves the old checkpoint or the new one."""
+    """Log the row of an epoch; write the state of `parts`, {name: module or optimizer}, to `path`:
+    a kill leaves the old checkpoint or the new one."""
     rows.append(row)
     if len(rows) == epochs:  # finished: no optimizer
         parts = {name: part for name, part in parts.items() if hasattr(part, "parameters")}
@@ -145,13 +145,12 @@ def keep(row, rows, epochs, path, flags, about, parts):
         cells = [f"{k} {x:.4f}" if isinstance(x, float) else f"{k} {x}" for k, x in row.items()]
         print("  ".join(cells), flush=True)
         state = {name: part.state_dict() for name, part in parts.items()}
-        torch.save({**about, **state, "rows": rows, "flags": flags}, f"{path}.part")
-        os.replace(f"{path}.part", path)
+        common.save({**about, **state, "rows": rows, "flags": flags}, path)
 
 
 def resume(path, flags, parts):
     """Load what a killed run has left -> its rows. Raises BadInput: other flags or clips."""
-    saved = torch.load(path, map_location=DEVICE, weights_only=True)
+    saved = common.read_saved(path, "flags", "rows")
     other = [f"{key} {value}, now {flags[key]}" for key, value in saved["flags"].items()
              if flags[key] != value and key not in ("resume", "workers", "out")]
     if other:
@@ -177,7 +176,7 @@ def train(arm, model, large, data, args, run, log):
     prompts_t = large.prompts(data.classes) if large else None                  # (16, K, L_t)
     mirror = common.mirrors(data.classes)
     for epoch in range(len(rows), args.epochs):
-        began, sums = time.time(), torch.zeros(2, device=DEVICE)
+        began, terms = time.time(), []
         loader.order.epoch = epoch
         model.train()
         for batch in tqdm(loader, f"{arm} {epoch + 1}/{args.epochs}", leave=False, disable=None):
@@ -200,9 +199,9 @@ def train(arm, model, large, data, args, run, log):
             optimizer.zero_grad()
             schedule.step()
             model.clip.logit_scale.data.clamp_(max=math.log(100))
-            sums += torch.stack([pair, affinity]).detach() / len(loader)
+            terms.append(torch.stack([pair, affinity]).detach())
         row = {"arm": arm, "epoch": epoch + 1}
-        row.update(zip(("kl_pair", "affinity"), sums.tolist(), strict=True))
+        row.update(zip(("kl_pair", "affinity"), loader.mean(terms), strict=True))
         row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
         keep(row, rows, args.epochs, path, flags, model.about(args.frames), parts)
     log += rows
@@ -274,7 +273,8 @@ def write_record(path, args, data, results, log, began):
     versions = {module.__name__: module.__version__ for module in (torch, open_clip, av, np)}
     record = {"flags": vars(args), "versions": versions, "machine": MACHINE, "bad": data.bad,
               "notes": data.notes(), "results": results, "seconds": time.time() - began}
-    path.write_text(json.dumps(record, indent=1))
+    with common.renamed(path) as part:
+        part.write_text(json.dumps(record, indent=1))
     if log:
         path.with_name("metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
 
@@ -380,9 +380,9 @@ def parse(argv=None):
     add("--fusion-layers", type=int, default=6, help="of the fusion head; 0: mean over frames")
     add("--recover", choices=("none", "affinity"), default="none", help="a third arm, with eq. (3)")
     add("--checkpoint", "--eval-only", metavar="FILE", help="test it, or --watch with it")
-    add("--epochs", type=int, help="6 for toy clips, else 50, as ActionCLIP")
+    add("--epochs", type=int, default=50, help="as ActionCLIP; 6 for toy clips")
     add("--batch-size", type=int, default=32, help="of all processes together")
-    add("--lr", type=float, help="of CLIP's towers; 4e-4 for toys, else 5e-6, as ActionCLIP")
+    add("--lr", type=float, default=5e-6, help="of CLIP's towers, as ActionCLIP; 4e-4 for toys")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--watch", metavar="SOURCE", help="live: a file, an address, - (standard input), a camera "
         "(/dev/video0, avfoundation:0, dshow:video=NAME)")
@@ -393,14 +393,19 @@ def parse(argv=None):
     add("--out", default="runs", help="folder for runs and the cache")
     add("--resume", action="store_true", help="go on with a run that was killed")
     add("--workers", type=int, default=max(1, min(8, os.cpu_count() - 1)), help="that decode")
+    args, _ = parser.parse_known_args(argv)
+    if args.data == "toy":
+        parser.set_defaults(epochs=6)
+    if args.large.startswith("toy-"):
+        parser.set_defaults(lr=4e-4)
     args = parser.parse_args(argv)
-    args.epochs = args.epochs or (6 if args.data == "toy" else 50)
-    args.lr = args.lr or (4e-4 if args.large.startswith("toy-") else 5e-6)
     labels = [word.strip() for word in args.labels.split(",")]
     args.labels = [word for word in dict.fromkeys(labels) if word]
-    if min(args.views, args.epochs, args.batch_size) < 1 or not 1 <= args.frames <= 77:
-        parser.error("--frames takes 1 to 77; --views, --epochs and --batch-size 1 or more")
-    if args.fps <= 0 or (args.watch and len(args.labels) < 2):
+    if min(args.views, args.epochs, args.batch_size) < 1 or min(args.seed, args.workers) < 0:
+        parser.error("--views, --epochs, --batch-size take 1 or more, --seed, --workers 0 or more")
+    if not (1 <= args.frames <= 77 and 0 < args.lr < math.inf):
+        parser.error("--frames takes 1 to 77, --lr more than 0")
+    if not 0 < args.fps < math.inf or (args.watch and len(args.labels) < 2):
         parser.error('--fps takes more than 0, --watch --labels: --labels "waving, running"')
     return args
 
@@ -495,8 +500,4 @@ def report(models, results, answers, tests, args, log, run, began):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except common.BadInput as error:
-        sys.stderr.write(f"tinyclip_swap.py: {error}\n")
-        sys.exit(2)
+    common.run(main)

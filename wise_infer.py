@@ -39,6 +39,7 @@ j + 1: same class, other confidence.
 """
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import platform
@@ -53,6 +54,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.functional import hessian, jacobian
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -94,26 +96,22 @@ def expected_cost(left, costs):
 
 
 def fit_wise(logits, labels, l1):
-    """Minimise eq. (2) for each exit, by L-BFGS from the mean, started anew where its estimate of
-    the curvature has gone bad. logits (E, N, K), labels (N,) -> W (E, E), row j for exits 0..j"""
+    """Minimise eq. (2), which is convex, for each exit by Newton's method from the mean; a step is
+    halved until it descends. logits (E, N, K), labels (N,) -> W (E, E), row j for exits 0..j"""
     E, logits = len(logits), logits.double()
     W = torch.zeros(E, E).double()
     for j in range(E):
-        w = torch.full((j + 1,), 1 / (j + 1), dtype=torch.float64, requires_grad=True)
-
-        def step(w=w):
-            w.grad = None
-            loss = wise_loss(w, logits[:len(w)], labels, l1)
-            loss.backward()
-            return loss
-
-        for _ in range(10):
-            torch.optim.LBFGS([w], max_iter=300, tolerance_grad=1e-9, tolerance_change=0,
-                              history_size=20, line_search_fn="strong_wolfe").step(step)
-            step()
-            if w.grad.abs().max() < 1e-8:
+        loss = functools.partial(wise_loss, logits=logits[:j + 1], labels=labels, l1=l1)
+        w = torch.full((j + 1,), 1 / (j + 1)).double()
+        for _ in range(200):
+            slope, H = jacobian(loss, w), hessian(loss, w)                      # (j+1,), (j+1, j+1)
+            step = torch.linalg.solve(H + 1e-12 * torch.eye(j + 1), slope)      # (j+1,)
+            while loss(w - step) > loss(w) and step.abs().max() > 1e-12:
+                step = step / 2
+            w = w - step
+            if slope.abs().max() < 1e-8:
                 break
-        W[j, :j + 1] = w.detach()
+        W[j, :j + 1] = w
     return W
 
 
@@ -141,7 +139,7 @@ class Cascade:
         for part, state, start in ((self.nets, saved["streams"], "nets."),
                                    (self.heads, saved["exits"], f"heads.{order}.")):
             own = {key.removeprefix(start): state[key] for key in state if key.startswith(start)}
-            part.load_state_dict(own)
+            common.load_strictly(part, own, "the checkpoint", f"networks with exits of {order}")
             part.to(DEVICE).eval().requires_grad_(False)
 
     def look(self, path, copies=None):
@@ -321,7 +319,8 @@ def write_record(path, args, data, results, log, began):
     versions = {module.__name__: module.__version__ for module in (torch, open_clip, av, np)}
     record = {"flags": vars(args), "versions": versions, "machine": MACHINE, "bad": data.bad,
               "notes": data.notes(), "results": results, "seconds": time.time() - began}
-    path.write_text(json.dumps(record, indent=1))
+    with common.renamed(path) as part:
+        part.write_text(json.dumps(record, indent=1))
     if log:
         path.with_name("metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
 
@@ -369,11 +368,8 @@ def load(args):
                f"{args.seed} --out {args.out}")
     if not path.exists():
         raise common.BadInput(f"{path} is missing; make it with: {command}")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        orders, _ = saved["flags"]["order"], saved["exits"]
-    except Exception as error:  # torch.load raises many kinds
-        raise common.BadInput(f"{path} is no checkpoint of pkd_compressed.py") from error
+    saved = common.read_saved(path, "flags", "streams", "exits", "classes", "data")
+    orders = saved["flags"]["order"]
     order = args.order or ("progressive" if "progressive" in orders else orders[0])
     if "optimizer" in saved:
         raise common.BadInput(f"{path} is not finished; go on with: {command} --resume")
@@ -428,6 +424,7 @@ def main(argv=None):
     results = {"exits": rows, "points": points, "weights": W.tolist(), "theta": theta,
                "last": rows[-1]["alone"], "last_gmac": whole[args.exit_order[-1]],
                "fusion": rows[-1]["fusion"], "fusion_gmac": sum(whole.values()),
+               "held": len(labels),
                "sweep": sweep(saved, order, args, held, data.test, data.bad) if args.sweep else [],
                "same": (torch.tensor(real) == said)[y_test >= 0].double().mean().item()}
     report(results, cascade, data, said, left, y_test, saved, args, began)
@@ -450,6 +447,9 @@ def report(results, cascade, data, said, left, labels, saved, args, began):
           f"{results['same']:.1%} of the classes as here")
     if results["sweep"]:
         print(table(results["sweep"]))
+    if points["WISE"]["top1"] < results["fusion"]:
+        print(f"NOTE learned weights lose to late fusion: {len(exits)} weights were fitted to "
+              f"{results['held']} held-out clips")
     for note in data.notes():
         print(f"NOTE {note}")
     run = Path(args.out) / "wise_infer" / f"{saved['data']}-s{flags['split']}-seed{flags['seed']}"
@@ -469,8 +469,4 @@ def report(results, cascade, data, said, left, labels, saved, args, began):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except common.BadInput as error:
-        sys.stderr.write(f"wise_infer.py: {error}\n")
-        sys.exit(2)
+    common.run(main)

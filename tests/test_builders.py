@@ -4,6 +4,7 @@ CLIP and ActionCLIP are written out below once more, by hand, as functions of a 
 official names. A wrong activation, mask or eps loads without a word; only outputs tell.
 """
 import math
+import re
 
 import numpy as np
 import open_clip
@@ -248,8 +249,14 @@ def archive(state, path):
 
 
 @pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated; the files are still around
-def test_an_openai_archive_loads_with_quick_gelu(tiny, tmp_path):
-    clip, _, _ = build_clip(f"ViT-B-32:{archive(tiny, tmp_path / 'ViT-B-32.pt')}")
+def test_an_openai_archive_is_not_run_but_the_command_converts_it(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    configs = open_clip.factory._MODEL_CONFIGS
+    monkeypatch.setitem(configs, "ViT-B-32-quickgelu", {**configs["ViT-B-32"], "quick_gelu": True})
+    with pytest.raises(BadInput, match="TorchScript") as error:
+        build_clip(f"ViT-B-32:{archive(tiny, tmp_path / 'ViT-B-32.pt')}")
+    exec(re.search(r'python -c "(.*)"', str(error.value))[1])
+    clip, _, _ = build_clip("ViT-B-32-quickgelu:FILE")
     assert same({name: value.half().float() for name, value in tiny.items()}, clip.state_dict())
     assert clip.quick_gelu
     assert activation(clip) is QUICK
@@ -276,13 +283,23 @@ def test_a_checkpoint_says_what_can_be(tmp_path):
     assert isinstance(build_action_clip("toy-large", 0, checkpoint=path).fusion, MeanHead)
     with pytest.raises(BadInput, match="6 layers"):
         build_action_clip("toy-large", checkpoint=path)
-    for frames in (0, 1e9, "x"):
+    for frames in (0, 1e9, "x", 8.):
         keep(saved | {"frames": frames}, path)
         with pytest.raises(BadInput, match=r"a\.pt.*1 to 77"):
             build_action_clip("toy-large", 0, checkpoint=path)
     keep({"state_dict": model.clip.state_dict()}, path)
     with pytest.raises(BadInput, match=r"a\.pt holds no fusion head"):
         build_action_clip("toy-small", checkpoint=path)
+    model.clip.positional_embedding.data[1, 2] = math.nan
+    keep({"state_dict": model.clip.state_dict()}, path)
+    with pytest.raises(BadInput, match=r"a\.pt: positional_embedding .* not finite"):
+        build_action_clip(f"toy-small:{path}")
+
+
+def test_names_that_a_clip_cannot_tell_apart_are_refused():
+    model = build_action_clip("toy-small:random", fusion_layers=0)
+    with pytest.raises(BadInput, match="20 tokens"):
+        model.prompts(["a", "very " * 20 + "long", "very " * 20 + "short"])
 
 
 # ---- TinyCLIP ------------------------------------------------------------------------------------

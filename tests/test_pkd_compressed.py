@@ -300,7 +300,7 @@ class Constant(nn.Module):
 def test_flatness_in_closed_form_and_weights_are_put_back(coded, tmp_path):
     """Two tensors, each with the trace K (1/K) (1 - 1/K). Noise of length e |w| in K dimensions
     adds e^2/2 |w|^2/K times the trace. A clip that cannot be decoded does not count."""
-    data, streams, args = common.read_data(coded), nn.Module(), parse(map(str, FAST))
+    data, streams, args = common.read_data(coded), nn.Module(), parse([*map(str, FAST)])
     data.train.append((str(tmp_path / "gone.mp4"), 0))
     streams.nets = nn.ModuleDict({s: Constant(2 if s == "mv" else 3) for s in STREAMS})
     for row in flatness(streams, data, args, probes=300, sizes=(.01, .03)):
