@@ -679,42 +679,47 @@ def read_compressed(path, indices, pictures=True, whole=False, step=4):
             before = frame
             if at in wanted:
                 shown = [intra, frame] if pictures else []
-                found[at] = [_trace(vectors, frame.height, frame.width, whole, step)]
-                found[at] += [f.reformat(format="rgb24", threads=1).to_ndarray() for f in shown]
+                shown = [f.reformat(format="rgb24", threads=1).to_ndarray() for f in shown]
+                found[at] = [list(vectors), *shown]
         return found, (frame.height, frame.width)
 
     found, size = either_way(read)
-    motion, *rgb = (torch.from_numpy(np.stack(part)) for part in
-                    zip(*[found[int(i)] for i in indices], strict=True))
-    intra, frame = [part.permute(0, 3, 1, 2) for part in rgb] or (None, None)
-    return Coded(intra, frame, motion, size)
+    vectors, *rgb = zip(*[found[int(i)] for i in indices], strict=True)
+    rgb = [torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2) for part in rgb]
+    intra, frame = rgb or (None, None)
+    return Coded(intra, frame, torch.from_numpy(_trace(vectors, *size, whole, step)), size)
 
 
-def _trace(frames, H, W, whole, step):
-    """MV of one frame from the vectors of its P-frames, bytes, oldest first -> int16 (2, h, w)"""
+def _trace(samples, H, W, whole, step):
+    """MV of S frames, each given by the vectors of its P-frames, bytes, oldest first -> int16 (S,
+    2, h, w)"""
+    S, P = len(samples), max(1, *map(len, samples))
+    padded = [[b""] * (P - len(own)) + own for own in samples]  # no vectors: nothing moves
+    fields = _fields(list(itertools.chain(*padded)), H, W, whole).reshape(2, S, P, -1)
     y, x = np.mgrid[step // 2:H + step // 2:step, step // 2:W + step // 2:step].astype(np.int16)
-    start = 4 * np.stack([np.minimum(x, W - 1), np.minimum(y, H - 1)]) + np.int16(2)
-    at, border = start.copy(), np.array([4 * W - 2, 4 * H - 2], np.int16)[:, None, None]
-    for vectors in frames[::-1]:  # newest first, back to the I-frame
-        field = _field(vectors, H, W, whole)
-        cell = (at[1] >> 5) * np.intp(field.shape[2]) + (at[0] >> 5)
-        at += field.reshape(2, -1).take(cell, 1)
-        at.clip(2, border, out=at)
-    return start - at
+    start = 4 * np.stack([np.minimum(x, W - 1), np.minimum(y, H - 1)])[:, None] + np.int16(2)
+    at, border = start.repeat(S, 1), np.array([4 * W - 2, 4 * H - 2], np.int16)
+    for p in reversed(range(P)):  # newest first, back to the I-frame
+        cell = (at[1] >> 5) * np.intp(-(-W // 8) + 1) + (at[0] >> 5)            # (S, h, w)
+        for s in range(S):
+            at[:, s] += fields[:, s, p].take(cell[s], 1)
+        at.clip(2, border[:, None, None, None], out=at)
+    return (start - at).swapaxes(0, 1)
 
 
-def _field(vectors, H, W, whole):
-    """The vectors of one P-frame -> int16 (2, h, w), one per cell of 8 x 8 pixels, in quarters of a
+def _fields(frames, H, W, whole):
+    """The vectors of P-frames -> int16 (2, P, h, w), one per cell of 8 x 8 pixels, in quarters of a
     pixel: where the content of the cell was in the frame before"""
-    v = np.frombuffer(vectors, VECTORS)
-    out = np.zeros((2, -(-H // 8) + 1, -(-W // 8) + 1), np.int16)  # blocks may reach out
+    v = np.frombuffer(b"".join(frames), VECTORS)
+    frame = np.repeat(np.arange(len(frames)), [len(part) // VECTORS.itemsize for part in frames])
+    out = np.zeros((2, len(frames), -(-H // 8) + 1, -(-W // 8) + 1), np.int16)  # blocks reach out
     x, y = (v["dst_x"] - v["w"] // 2) // 8, (v["dst_y"] - v["h"] // 2) // 8  # a block's first cell
     motion = np.stack([v["x"], v["y"]]) * 4 // np.maximum(v["scale"], 1)
     if whole:
         motion = 4 * np.stack([v["src_x"] - v["dst_x"], v["src_y"] - v["dst_y"]])
     for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):  # blocks have 8 or 16 pixels a side
-        part = (v["h"] > 8 * down) & (v["w"] > 8 * right)
-        out[:, y[part] + down, x[part] + right] = motion[:, part]
+        part = np.flatnonzero((v["h"] > 8 * down) & (v["w"] > 8 * right))
+        out[:, frame[part], y[part] + down, x[part] + right] = motion[:, part]
     return out
 
 
