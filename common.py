@@ -565,22 +565,25 @@ def either_way(read):
         return read(False)
 
 
-def to_picture(frame, side=None, converter=None):
-    """A decoded frame -> uint8 (3, H, W), RGB, upright; side: as in read_frames"""
+def to_picture(frame, side=None, enlarge=True, converter=None):
+    """A decoded frame -> uint8 (3, H, W), RGB, upright; side, enlarge: as in read_frames"""
     size = frame.width, frame.height
-    scaled = [max(1, round(a * side / min(size))) for a in size] if side else size
+    side = side if side and (enlarge or side < min(size)) else min(size)
+    scaled = [max(1, round(a * side / min(size))) for a in size]
     picture = (converter or VideoReformatter()).reformat(
         frame, *scaled, "rgb24", threads=1, interpolation=Interpolation.BICUBIC).to_ndarray()
     turned = np.rot90(picture, round(frame.rotation / 90))
     return torch.from_numpy(np.ascontiguousarray(turned)).permute(2, 0, 1)
 
 
-def read_frames(path, indices, side=None):
+def read_frames(path, indices, side=None, enlarge=True):
     """Decode the frames at `indices` (any order, repeats allowed) -> uint8 (T, 3, H, W), upright.
-    side: the shorter side in pixels, resized (bicubic) on the way to RGB. Raises BadVideo."""
+    side: the shorter side in pixels, resized (bicubic) on the way to RGB; not enlarge: at most.
+    Raises BadVideo."""
     def read(seek):
         converter, frames = VideoReformatter(), decode(path, indices, seek)
-        return {at: to_picture(frame, side, converter) for at, frame in frames if at in wanted}
+        pairs = ((at, frame) for at, frame in frames if at in wanted)
+        return {at: to_picture(frame, side, enlarge, converter) for at, frame in pairs}
 
     wanted = set(map(int, indices))
     pictures = either_way(read)
@@ -778,6 +781,8 @@ def coded_copy(path, folder):
 # What is random about a clip comes from a generator seeded by (seed, epoch, index): it depends
 # neither on the number of workers or processes nor on a resume.
 
+torch.multiprocessing.set_sharing_strategy("file_system")  # else each clip holds a file handle
+
 
 class Sample(NamedTuple):
     """video: uint8 (V*T, 3, H, W) or Coded; label: class index; key: (epoch, index); bad: [(path,
@@ -828,7 +833,7 @@ class Clips(torch.utils.data.Dataset):
             indices = dense_indices(count, self.frames, rng, self.views).ravel()
         else:
             indices = segment_indices(count, self.frames, rng)
-        return read_frames(path, indices, self.side)
+        return read_frames(path, indices, self.side, not self.train)
 
     def black(self):
         side, T = self.side or 32, self.frames * self.views
@@ -1352,6 +1357,8 @@ class ExitNet(nn.Module):
             raise BadInput(f"{name}: no download ({error}); put {weights.url} into "
                            f"{torch.hub.get_dir()}/checkpoints") from error
         self.modality, self.name = modality, name
+        for key, value in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+            self.register_buffer(key, torch.tensor(value).view(3, 1, 1), persistent=False)
         self.input = nn.BatchNorm2d(2 if modality == "mv" else 3) if modality != "i" else None
         if modality == "mv":
             net.conv1 = nn.Conv2d(2, net.conv1.out_channels, 7, 2, 3, bias=False)
@@ -1364,7 +1371,7 @@ class ExitNet(nn.Module):
         """x (B, S, C, H, W) of compressed_view -> yields the maps (B*S, c, h, w) behind layers 1 to
         4; a caller who stops early spares the rest."""
         x = x.flatten(0, 1)
-        x = self.input(x) if self.input else TF.normalize(x, IMAGENET_MEAN, IMAGENET_STD)
+        x = self.input(x) if self.input else (x - self.mean) / self.std
         x = self.stem(x)
         for layer in self.layers:
             x = layer(x)

@@ -48,6 +48,7 @@ heads read (8). Eq. (1) is trained as in tinyclip_swap.py, with the same differe
 """
 import argparse
 import collections
+import datetime
 import functools
 import json
 import math
@@ -116,7 +117,7 @@ def spatial_loss(logits, q, multi_label=False):
         there = (q > THRESHOLD).to(logits)                                      # (B, L)
         each = F.binary_cross_entropy_with_logits(logits, there, reduction="none").mean(1)
     sure = q.amax(1) >= FLOOR                                                   # (B,)
-    return each[sure].sum() / sure.sum().clamp(min=1)                           # ()            (4)
+    return (sure * each).sum() / sure.sum().clamp(min=1)                        # ()            (4)
 
 
 def total_loss(action, spatial, weight):
@@ -176,6 +177,7 @@ class TwoHeaded(nn.Module):
         t, more = encode(tokens), None if more is None else encode(more)
         return h_token, h_frame, t, self.model.clip.logit_scale.exp(), more, logits
 
+    @torch.no_grad()
     def clamp_scales(self):
         self.model.clip.logit_scale.clamp_(max=math.log(100))
         if self.heads:
@@ -293,19 +295,20 @@ def train(name, student, teacher, data, mirror, args, run, log):
         student.train()
         batches = tqdm(loader, f"{name} {epoch + 1}/{args.epochs}", leave=False, disable=None)
         for step, batch in enumerate(batches):
-            labels = gather(torch.tensor(batch.label, device=DEVICE))           # (B,)
-            index = gather(torch.tensor([i for _, i in batch.key], device=DEVICE))
-            draws = [np.random.default_rng([args.seed, *key, 1]).integers(16) for key in batch.key]
-            rng = np.random.default_rng([args.seed, epoch, step, 3])
             if taught:
                 view = common.training_view(batch, teacher.size, mirror, args.seed, DEVICE)
                 z_t = class_logits(teacher, view, text_t)                       # (B/W, K)
+            view = common.training_view(batch, model.size, mirror, args.seed, DEVICE)
+            draws = [np.random.default_rng([args.seed, *key, 1]).integers(16) for key in batch.key]
+            numbers = draws, batch.label, [i for _, i in batch.key]             # (B/W,) each
+            draws, own, index = (torch.tensor(x).to(DEVICE, non_blocking=True) for x in numbers)
+            labels, index = gather(own), gather(index)                          # (B,)
+            rng = np.random.default_rng([args.seed, epoch, step, 3])
             more = token_texts(loss, z_t, prompts, draws, rng)
             said = [texts[rng.integers(len(texts))] for texts in words]         # (L_k, L) each
-            view = common.training_view(batch, model.size, mirror, args.seed, DEVICE)
             with autocast():
                 h_token, h_frame, t, scale, texts, logits = wrapped(
-                    view, prompts[draws, batch.label], more, torch.cat(said) if said else None)
+                    view, prompts[draws, own], more, torch.cat(said) if said else None)
             h_token, h_frame, t = (gather(x.float()) for x in (h_token, h_frame, t))  # (B, D)
             frame = kl_pair(h_frame, t, labels, scale)
             token = token_loss(loss, h_token, t, labels, texts, z_t, scale, args.tau)
@@ -318,10 +321,9 @@ def train(name, student, teacher, data, mirror, args, run, log):
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            with torch.no_grad():
-                student.clamp_scales()
-                cosine = F.cosine_similarity(h_token, h_frame).mean()
-                terms.append(torch.stack([frame, token, cosine, *spatial]))
+            student.clamp_scales()
+            cosine = F.cosine_similarity(h_token, h_frame).mean()
+            terms.append(torch.stack([frame, token, cosine, *spatial]).detach())
         row = {"arm": name, "epoch": epoch + 1}
         names = ["frame", "token", "cosine", *(task.name for task in tasks)]
         row.update(zip(names, loader.mean(terms), strict=True))
@@ -489,7 +491,8 @@ def main(argv=None):
     if args.student.startswith("toy-"):
         torch.set_num_threads(1)  # small networks run faster on one thread
     if WORLD > 1:
-        dist.init_process_group("nccl" if GPU else "gloo")
+        dist.init_process_group("nccl" if GPU else "gloo", timeout=datetime.timedelta(hours=12),
+                                device_id=DEVICE if GPU else None)  # 12: process 0 may label
     cache, toys = Path(args.out) / "cache", "toy-diagonals" if args.unseen else "toy"
     data = common.read_data(args.data, args.split, args.allow_missing, cache, toys)
     tests = common.split_unseen(data, args.unseen, args.seed)

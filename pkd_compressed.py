@@ -48,6 +48,7 @@ no figure here compares with the paper's.
 import argparse
 import contextlib
 import copy
+import datetime
 import functools
 import itertools
 import json
@@ -235,9 +236,9 @@ def train_streams(streams, data, mirror, args, flags, run, log):
         loader.order.epoch = epoch
         streams.train()
         for batch in tqdm(loader, f"streams {epoch + 1}/{args.epochs}", leave=False, disable=None):
-            labels = torch.tensor(batch.label, device=DEVICE)                   # (B/W,)
             with autocast():
                 out = wrapped(see(batch, args, mirror))
+            labels = torch.tensor(batch.label).to(DEVICE, non_blocking=True)    # (B/W,)
             losses = [F.cross_entropy(out[stream][1].float(), labels) for stream in STREAMS]
             sum(losses).backward()
             for net in streams.nets.values():
@@ -537,7 +538,8 @@ def main(argv=None):
     if "toy" in args.networks:
         torch.set_num_threads(1)  # small networks run faster on one thread
     if WORLD > 1:
-        dist.init_process_group("nccl" if GPU else "gloo")
+        dist.init_process_group("nccl" if GPU else "gloo", timeout=datetime.timedelta(hours=12),
+                                device_id=DEVICE if GPU else None)  # 12: process 0 may label
     cache = Path(args.out) / "cache"
     data = common.read_data(args.data, args.split, args.allow_missing, cache, "toy-pairs")
     if not args.reencode:

@@ -44,6 +44,7 @@ under one template a step. Where labels tell left from right, as ours do, no arm
 """
 import argparse
 import collections
+import datetime
 import functools
 import itertools
 import json
@@ -113,7 +114,7 @@ def spatial_loss(logits, q, multi_label=False):
         there = (q > THRESHOLD).to(logits)                                      # (B, L)
         each = F.binary_cross_entropy_with_logits(logits, there, reduction="none").mean(1)
     sure = q.amax(1) >= FLOOR                                                   # (B,)
-    return each[sure].sum() / sure.sum().clamp(min=1)                           # ()            (4)
+    return (sure * each).sum() / sure.sum().clamp(min=1)                        # ()            (4)
 
 
 def total_loss(action, spatial, weight):
@@ -283,6 +284,7 @@ class Student(nn.Module):
         texts = self.model.encode_text(words).split([len(task.labels) for task in self.tasks])
         return v, t, scale, self.heads(2 * v.detach() - v if reverse else v, texts)
 
+    @torch.no_grad()
     def clamp_scales(self):
         self.model.clip.logit_scale.clamp_(max=math.log(100))
         if self.heads:
@@ -373,14 +375,15 @@ def train(arm, student, data, mirror, args, run, log):
         student.train()
         batches = tqdm(loader, f"{arm} {epoch + 1}/{args.epochs}", leave=False, disable=None)
         for step, batch in enumerate(batches):
-            labels = gather(torch.tensor(batch.label, device=DEVICE))           # (B,)
-            index = gather(torch.tensor([i for _, i in batch.key], device=DEVICE))
+            view = common.training_view(batch, model.size, mirror, args.seed, DEVICE)
             draws = [np.random.default_rng([args.seed, *key, 1]).integers(16) for key in batch.key]
+            numbers = draws, batch.label, [i for _, i in batch.key]             # (B/W,) each
+            draws, own, index = (torch.tensor(x).to(DEVICE, non_blocking=True) for x in numbers)
+            labels, index = gather(own), gather(index)                          # (B,)
             rng = np.random.default_rng([args.seed, epoch, step, 3])
             said = [texts[rng.integers(len(texts))] for texts in words]         # (L_k, L) each
-            view = common.training_view(batch, model.size, mirror, args.seed, DEVICE)
             with autocast():
-                v, t, scale, logits = wrapped(view, prompts[draws, batch.label], torch.cat(said)
+                v, t, scale, logits = wrapped(view, prompts[draws, own], torch.cat(said)
                                               if said else None, arm == "adversarial")
             pair = kl_pair(gather(v.float()), gather(t.float()), labels, scale)
             spatial = []
@@ -391,8 +394,7 @@ def train(arm, student, data, mirror, args, run, log):
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            with torch.no_grad():
-                student.clamp_scales()
+            student.clamp_scales()
             terms.append(torch.stack([pair, *spatial]).detach())
         row = {"arm": arm, "epoch": epoch + 1}
         names = ["kl_pair", *(task.name for task in tasks)]
@@ -547,7 +549,8 @@ def main(argv=None):
     if args.student.startswith("toy-"):
         torch.set_num_threads(1)  # small networks run faster on one thread
     if WORLD > 1:
-        dist.init_process_group("nccl" if GPU else "gloo")
+        dist.init_process_group("nccl" if GPU else "gloo", timeout=datetime.timedelta(hours=12),
+                                device_id=DEVICE if GPU else None)  # 12: process 0 may label
     cache, toys = Path(args.out) / "cache", "toy-diagonals" if args.unseen else "toy"
     data = common.read_data(args.data, args.split, args.allow_missing, cache, toys)
     tests = common.split_unseen(data, args.unseen, args.seed)

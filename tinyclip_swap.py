@@ -42,6 +42,7 @@ scale is 50, as there; the small one's is learned, there it is 50, too.
 """
 import argparse
 import collections
+import datetime
 import functools
 import json
 import math
@@ -180,17 +181,19 @@ def train(arm, model, large, data, args, run, log):
         loader.order.epoch = epoch
         model.train()
         for batch in tqdm(loader, f"{arm} {epoch + 1}/{args.epochs}", leave=False, disable=None):
-            labels = gather(torch.tensor(batch.label, device=DEVICE))           # (B,)
+            view = common.training_view(batch, model.size, mirror, args.seed, DEVICE)
             draws = [np.random.default_rng([args.seed, *key, 1]).integers(16) for key in batch.key]
+            numbers = draws, batch.label                                        # (B/W,) each
+            draws, own = (torch.tensor(x).to(DEVICE, non_blocking=True) for x in numbers)
+            labels = gather(own)                                                # (B,)
             with autocast():
-                view = common.training_view(batch, model.size, mirror, args.seed, DEVICE)
-                v, t, scale = wrapped(view, prompts[draws, batch.label])
+                v, t, scale = wrapped(view, prompts[draws, own])
             v, t = gather(v.float()), gather(t.float())                         # (B, D)
             pair, affinity = kl_pair(v, t, labels, scale), torch.zeros((), device=DEVICE)
             if large:
+                view = common.training_view(batch, large.size, mirror, args.seed, DEVICE)
                 with torch.no_grad(), autocast():  # frozen
-                    view = common.training_view(batch, large.size, mirror, args.seed, DEVICE)
-                    v_t, t_t, _ = large.eval()(view, prompts_t[draws, batch.label])
+                    v_t, t_t, _ = large.eval()(view, prompts_t[draws, own])
                 v_t, t_t = gather(v_t.float()), gather(t_t.float())             # (B, D_t)
                 affinity = affinity_loss(v, t, v_t, t_t, scale, SCALE_T)
             (pair + AFFINITY_WEIGHT * affinity).backward()
@@ -416,7 +419,8 @@ def main(argv=None):
     if args.large.startswith("toy-"):
         torch.set_num_threads(1)  # small networks run faster on one thread
     if WORLD > 1:
-        dist.init_process_group("nccl" if GPU else "gloo")
+        dist.init_process_group("nccl" if GPU else "gloo", timeout=datetime.timedelta(hours=12),
+                                device_id=DEVICE if GPU else None)  # 12: process 0 may label
     if args.watch:
         return watch(args)
     cache, toys = Path(args.out) / "cache", "toy-diagonals" if args.unseen else "toy"

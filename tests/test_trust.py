@@ -99,6 +99,17 @@ def test_a_record_and_a_checkpoint_of_the_run_before_stay_where_the_disk_is_full
     assert before == {file: file.read_bytes() for file in files}
 
 
+def test_a_batch_needs_few_file_handles(coded):
+    """Not one for each of the three tensors of a clip."""
+    data, (soft, hard) = common.read_data(str(coded)), resource.getrlimit(resource.RLIMIT_NOFILE)
+    loader = common.ClipLoader(common.Clips(data.train * 3, 1, None, "coded"), 144, 1)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        assert sum(len(batch.label) for batch in loader) == 144
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 # ---- numbers
 
 

@@ -295,6 +295,8 @@ def test_few_frames_and_few_pixels_and_another_size(tmp_path, height, width):
     encode(tmp_path / "a.mp4", frames, codec="libx264")
     indices = common.segment_indices(count(tmp_path / "a.mp4"), 8)
     assert read_frames(tmp_path / "a.mp4", indices).shape == (8, 3, height, width)
+    own = read_frames(tmp_path / "a.mp4", indices, side=500, enlarge=False)  # as in training
+    assert torch.equal(own, read_frames(tmp_path / "a.mp4", indices))
     small = read_frames(tmp_path / "a.mp4", indices, side=24).float()
     h, w = small.shape[2:]
     assert [h, w] == [round(a * 24 / min(height, width)) for a in (height, width)]
