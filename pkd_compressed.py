@@ -260,7 +260,7 @@ def run_frozen(streams, batch, mirror, args):
         out, outputs = streams(see(batch, args, mirror)), {}
     for stream, (maps, z) in out.items():
         outputs[stream] = [f.float() for f in (*maps, z)]
-    return torch.tensor(batch.label, device=DEVICE), outputs
+    return torch.tensor(batch.label).to(DEVICE, non_blocking=True), outputs
 
 
 def feature_cache(streams, clips, mirror, args, data):

@@ -1,0 +1,173 @@
+"""Steps on a GPU that is not there: tensors that claim to lie on it have shapes, no values. What is
+left on the CPU, or would wait for a value, raises; copies that would wait for the GPU, and matrix
+products that autocast does not reach, are counted."""
+import collections
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+import common
+import deit_video
+import pkd_compressed
+import spatial_kd
+import tinyclip_swap
+
+DEVICE, B, STEPS = torch.device("cuda"), 8, 6  # an epoch of 48 clips
+SMALL = ["--frames", "4", "--epochs", "1", "--batch-size", str(B), "--workers", "0"]
+PRODUCTS = "mm", "addmm", "convolution"  # attention's own upcast is that of no real GPU
+
+
+class Counter(TorchDispatchMode):
+    """flops: of PRODUCTS per dtype; waits: copies between devices that block"""
+
+    def __init__(self):
+        super().__init__()
+        self.flops, self.waits = collections.Counter(), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out, name = func(*args, **kwargs), func._overloadpacket.__name__
+        if name in PRODUCTS:
+            count = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+            self.flops[args[0].dtype] += count
+        if name in ("_to_copy", "copy_"):
+            source = args[0] if name == "_to_copy" else args[1]
+            waits = not (kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,)))
+            if source.device.type != out.device.type and waits:
+                self.waits.append(f"{name} {tuple(source.shape)}")
+        return out
+
+
+@pytest.fixture
+def on_gpu(monkeypatch, toy):
+    """on_gpu(script, batches, function, ...) -> Counter of function(...); batches: what loaders
+    give"""
+    def run(script, batches, function, *given):
+        monkeypatch.setattr(script, "DEVICE", DEVICE)
+        monkeypatch.setattr(script, "autocast", lambda: torch.autocast("cuda", torch.bfloat16),
+                            raising=False)
+        monkeypatch.setattr(common.ClipLoader, "__iter__", lambda self: iter(batches))
+        with Counter() as counter:
+            function(*given)
+        return counter
+
+    # an epoch, not a step, may read its losses
+    monkeypatch.setattr(common.ClipLoader, "mean", lambda self, values: [0.] * len(values[0]))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self: None)  # needs a real GPU
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+
+    def prompts(self, classes, templates=common.PROMPTS):
+        shape = len(templates), len(classes), self.clip.context_length
+        return torch.zeros(shape, dtype=torch.long, device=DEVICE)
+
+    def embed_classes(self, classes, templates=common.PROMPTS):
+        return torch.rand(len(templates), len(classes), self.width, device=DEVICE)
+
+    monkeypatch.setattr(common.ActionCLIP, "prompts", prompts)
+    monkeypatch.setattr(common.ActionCLIP, "embed_classes", embed_classes)
+    for script in (tinyclip_swap, spatial_kd, deit_video, pkd_compressed):
+        monkeypatch.setattr(script, "keep", lambda *_: None)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield run
+
+
+def check(counter):
+    """No step waits, and only losses are computed in fp32."""
+    assert len(counter.waits) < STEPS, counter.waits
+    assert counter.flops[torch.bfloat16] > 20 * counter.flops[torch.float32]
+
+
+@pytest.fixture(scope="module")
+def clips(toy, coded):
+    """Data, and batches of three loaders: of training and test clips, and coded"""
+    data, pairs = common.read_data(str(toy)), common.read_data(str(coded))
+    parts = [common.Clips(data.train, 4, 37, train=True), common.Clips(data.test, 4, 37),
+             common.Clips(pairs.train, 2, None, "coded", train=True)]
+    return data, pairs, [list(common.ClipLoader(part, B)) for part in parts]
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """build(function, ...) -> function(...), a network on that GPU"""
+    def run(function, *given, **flags):
+        with monkeypatch.context() as patch, DEVICE:
+            patch.setattr(torch.Tensor, "item", lambda self: 14.3)  # the scale
+            return function(*given, **flags)
+    return run
+
+
+def test_tinyclip_swap(on_gpu, build, clips, tmp_path):
+    data, _, (batches, tests, _) = clips
+    args = tinyclip_swap.parse([*SMALL, "--recover", "affinity"])
+    small, large = [build(common.build_action_clip, "toy-small:random") for _ in range(2)]
+    check(on_gpu(tinyclip_swap, batches, tinyclip_swap.train, "small+affinity", small, large, data,
+                 args, tmp_path, []))
+    text, ring = torch.rand(16, 6, small.width, device=DEVICE), collections.deque(maxlen=4)
+    on_gpu(tinyclip_swap, [], tinyclip_swap.classify, small, tests[0].video, text)
+    on_gpu(tinyclip_swap, [], tinyclip_swap.stream_step, small, ring, tests[0].video[0][0], text)
+
+
+@pytest.mark.parametrize("arm", ["spatial", "adversarial"])
+def test_spatial_kd(on_gpu, build, clips, tmp_path, arm):
+    data, _, (batches, _, _) = clips
+    tasks = [task._replace(q=torch.rand(len(data.train), len(task.labels)))
+             for task in spatial_kd.toy_vocabulary()]
+    model = build(common.build_action_clip, "toy-small:random")
+    student = build(spatial_kd.Student, model, tasks)
+    check(on_gpu(spatial_kd, batches, spatial_kd.train, arm, student, data, [False] * 6,
+                 spatial_kd.parse(SMALL), tmp_path, []))
+
+
+@pytest.mark.parametrize("name", deit_video.ARMS)
+def test_deit_video(on_gpu, build, clips, tmp_path, name):
+    data, _, (batches, _, _) = clips
+    arm, token = deit_video.ARMS[name], deit_video.ARMS[name].second == "token"
+    teacher = build(common.build_action_clip, "toy-small:random").requires_grad_(False)
+    model = build(common.build_action_clip, "toy-small:random", token=token)
+    student = build(deit_video.TwoHeaded, model, arm, [])
+    check(on_gpu(deit_video, batches, deit_video.train, name, student, teacher, data, [False] * 6,
+                 deit_video.parse(SMALL), tmp_path, []))
+
+
+def test_pkd_compressed_and_wise_infer(on_gpu, build, clips, tmp_path):
+    _, data, (_, _, batches) = clips
+    args = pkd_compressed.parse(["--segments", "2", "--batch-size", str(B), "--workers", "0",
+                                 "--epochs", "1", "--exit-epochs", "1", "--cache-gb", "0"])
+    streams = build(pkd_compressed.Streams, ["toy"] * 3, 12, False)
+    exits = build(pkd_compressed.Exits, streams, args.order, 12, 0)
+    check(on_gpu(pkd_compressed, batches, pkd_compressed.train_streams, streams, data, [True] * 12,
+                 args, {}, tmp_path, []))
+    check(on_gpu(pkd_compressed, batches, pkd_compressed.train_exits, streams, exits, data,
+                 [True] * 12, args, {}, {}, tmp_path, []))
+
+
+# ---- mistakes that it must find
+
+
+@pytest.mark.parametrize(("what", "found"), [
+    ("left on the CPU", "device"), ("waits for a value", "aten.nonzero"),
+    ("waits for a copy", r"_to_copy \(8,\)"), ("fp32", "> .20 [*]")])
+def test_planted_mistakes_are_found(on_gpu, build, clips, tmp_path, monkeypatch, what, found):
+    data, _, (batches, _, _) = clips
+    loss = tinyclip_swap.kl_pair
+
+    def broken(v, t, labels, scale):
+        if what == "left on the CPU":
+            scale = torch.ones(1)
+        if what == "waits for a value":
+            labels = labels[labels >= 0]
+        if what == "waits for a copy":
+            labels = torch.tensor(batches[0].label, device=DEVICE)
+        return loss(v, t, labels, scale)
+
+    monkeypatch.setattr(tinyclip_swap, "kl_pair", broken)
+    model, args = build(common.build_action_clip, "toy-small:random"), tinyclip_swap.parse(SMALL)
+    if what == "fp32":
+        model.encode_frames = torch.autocast("cuda", enabled=False)(model.encode_frames)
+    with pytest.raises((RuntimeError, AssertionError), match=found):
+        check(on_gpu(tinyclip_swap, batches, tinyclip_swap.train, "large", model, None, data, args,
+                     tmp_path, []))
