@@ -133,7 +133,7 @@ def test_deit_video(on_gpu, build, clips, tmp_path, name):
                  deit_video.parse(SMALL), tmp_path, []))
 
 
-def test_pkd_compressed_and_wise_infer(on_gpu, build, clips, tmp_path):
+def test_pkd_compressed(on_gpu, build, clips, tmp_path):
     _, data, (_, _, batches) = clips
     args = pkd_compressed.parse(["--segments", "2", "--batch-size", str(B), "--workers", "0",
                                  "--epochs", "1", "--exit-epochs", "1", "--cache-gb", "0"])
