@@ -149,18 +149,19 @@ def toy_caption(truth):
 
 
 def draw_toy(truth, x, y, radius, pixels):
-    """Still with the object at x, y, of that radius -> uint8 (pixels, pixels, 3)"""
+    """Stills with the object at x, y, of that radius, (N,) each -> uint8 (N, pixels, pixels, 3)"""
     row, column = (np.mgrid[:pixels, :pixels].astype(np.float32) + .5) / pixels     # (H, W)
     across, down = np.float32(truth["phase"])
     p, q = (column + across) * 8 % 1, (row + down) * 8 % 1
     ground = {"stripes": p < .5, "checks": (p < .5) ^ (q < .5),
               "dots": np.hypot(p - .5, q - .5) < .3, "plain ground": p < 0}[truth["scene"]]
-    u, v = (column - x) / radius, (row - y) / radius
+    x, y, radius = np.float32([x, y, radius])[..., None, None]                      # (N, 1, 1)
+    u, v = (column - x) / radius, (row - y) / radius                                # (N, H, W)
     far, near = np.maximum(abs(u), abs(v)), np.minimum(abs(u), abs(v))
     inside = {"circle": u * u + v * v < 1, "square": far < .85, "cross": (near < .35) & (far < 1),
               "triangle": (v < .8) & (v > 2.4 * abs(u) - 1.1)}[truth["shape"]]
     shade = .85 + .15 * np.sin(5 * u) * np.sin(5 * v)  # motion inside the object is visible, too
-    paint = np.float32(COLOURS[truth["colour"]]) * shade[..., None]                 # (H, W, 3)
+    paint = np.float32(COLOURS[truth["colour"]]) * shade[..., None]                 # (N, H, W, 3)
     return np.where(inside[..., None], paint, np.where(ground, 110, 70)[..., None]).astype(np.uint8)
 
 
@@ -169,8 +170,7 @@ def toy_clip(truth, frames=16, pixels=64):
     time = np.linspace(-.5, .5, frames, dtype=np.float32) * truth["speed"]
     dx, dy, grow = (MOTIONS | DIAGONALS)[truth["motion"]]
     x, y = truth["x"] + .5 * dx * time, truth["y"] + .5 * dy * time
-    places = zip(x, y, truth["radius"] * np.exp(grow * time), strict=True)
-    return np.stack([draw_toy(truth, *place, pixels) for place in places])
+    return draw_toy(truth, x, y, truth["radius"] * np.exp(grow * time), pixels)
 
 
 def write_video(path, frames, fps=24, codec="mpeg4", pix_fmt="yuv420p", **options):
@@ -179,6 +179,7 @@ def write_video(path, frames, fps=24, codec="mpeg4", pix_fmt="yuv420p", **option
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], pix_fmt
+        stream.thread_count = 1  # the same file on any machine
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
@@ -754,6 +755,7 @@ def reencode(path, out):
         stream = container.add_stream("mpeg4", rate=25, options={
             "g": "12", "bf": "0", "qmin": "2", "qmax": "2"})
         stream.width, stream.height, stream.pix_fmt = 340, 256, "yuv420p"
+        stream.thread_count = 1  # the same file on any machine
         for i, frame in decode(path, range(count), seek=False):
             if frame.rotation:
                 picture = to_picture(frame).permute(1, 2, 0).contiguous().numpy()
@@ -1117,9 +1119,8 @@ def _train_toy_clip(name, path, steps=300, batch=128):
         stills = []
         for truth in truths:
             truth |= {"x": rng.uniform(.15, .85), "y": rng.uniform(.15, .85)}
-            place = np.array([truth["x"], truth["y"], rng.uniform(.1, .25)])
-            stills.append(draw_toy(truth, *place, 32))
-        pixels = torch.from_numpy(np.stack(stills)).permute(0, 3, 1, 2) / 255
+            stills.append(draw_toy(truth, [truth["x"]], [truth["y"]], [rng.uniform(.1, .25)], 32))
+        pixels = torch.from_numpy(np.concatenate(stills)).permute(0, 3, 1, 2) / 255
         image = clip.encode_image(TF.normalize(pixels, clip.visual.image_mean,
                                                clip.visual.image_std), normalize=True)
         captions = torch.stack([tokenize(toy_caption(truth)) for truth in truths])
