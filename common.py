@@ -486,9 +486,14 @@ def video_index(path):
         unfit = "it has B-frames" if 2 in kinds else \
             "it has global motion compensation" if 3 in kinds else ""
     vague = form.startswith("mpeg") or None in pts or len(set(pts)) < count  # TS, PS; raw streams
-    if not vague and not (reorders and (form == "avi" or pts == sorted(pts))):
+    vague = vague or (form == "avi" and (reorders or codec != "mpeg4"))  # an index may be wrong
+    if not vague and not (reorders and pts == sorted(pts)):
+        if min(pts) not in keys:  # cut within a group: what refers to before the cut is lost
+            with open_video(path) as (container, stream):
+                first = next((at for at, _ in _pictures(container, stream) if at is not None), 0)
+            pts, keys = ([at for at in part if at >= first] for part in (pts, keys))
         keys = np.searchsorted(np.sort(pts), np.sort(keys))
-        return VideoIndex(np.sort(pts), np.union1d([0], keys), count, unfit)  # 0: whatever it is
+        return VideoIndex(np.sort(pts), np.union1d([0], keys), len(pts), unfit)  # 0: whatever it is
     if form == "avi":  # no timestamps, but a packet a frame; B-frames lost with the group before
         count -= sum(1 for _ in itertools.takewhile(lambda kind: kind == 2, kinds[1:]))
     else:
@@ -517,7 +522,8 @@ def decode(path, indices, seek=True, export=None):
                 at, frames, start = key - 1, _numbered(container, stream, index, key - 1), key
             while at < i and (found := next(frames, None)):
                 at, frame = found
-                if start and (at > start or frame.pict_type not in (0, PictureType.I)):
+                clean = frame.pict_type in (0, PictureType.I) and not frame.is_corrupt
+                if start and (at > start or not clean):
                     raise BadVideo(path, f"decoding cannot start at frame {start}")
                 start, size = 0, size or (frame.width, frame.height)
                 if size != (frame.width, frame.height):
@@ -529,7 +535,7 @@ def decode(path, indices, seek=True, export=None):
                 at += 1
                 yield at, frame
             if at > i:
-                raise BadVideo(path, f"frame {i} of {index.count} cannot be decoded")
+                raise BadVideo(path, f"frame {i} of {index.count} is missing or out of order")
 
 
 def _numbered(container, stream, index, at):
@@ -558,23 +564,31 @@ def _pictures(container, stream):
             again = []
 
 
-def either_way(read):
+def either_way(path, read):
     """read(seek=True), or where that fails read(False): not every keyframe is a place to start."""
     try:
-        return read(True)
-    except BadVideo:
+        with contextlib.suppress(BadVideo):
+            return read(True)
         return read(False)
+    except (av.FFmpegError, ValueError) as error:
+        raise BadVideo(path, f"its pixels cannot be converted ({error})") from error
 
 
 def to_picture(frame, side=None, enlarge=True, converter=None):
     """A decoded frame -> uint8 (3, H, W), RGB, upright; side, enlarge: as in read_frames"""
     size = frame.width, frame.height
-    side = side if side and (enlarge or side < min(size)) else min(size)
-    scaled = [max(1, round(a * side / min(size))) for a in size]
+    resize = side and (enlarge or side < min(size))
+    scaled = [max(1, round(a * side / min(size))) for a in size] if resize else size
     picture = (converter or VideoReformatter()).reformat(
-        frame, *scaled, "rgb24", threads=1, interpolation=Interpolation.BICUBIC).to_ndarray()
-    turned = np.rot90(picture, round(frame.rotation / 90))
-    return torch.from_numpy(np.ascontiguousarray(turned)).permute(2, 0, 1)
+        frame, *scaled, "rgb24", threads=1, interpolation=Interpolation.BICUBIC if resize
+        else Interpolation.BILINEAR).to_ndarray()
+    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")  # frame.rotation knows no mirrors
+    if matrix is not None:
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]
+        if abs(b) > abs(a):
+            picture, a, d = picture.swapaxes(0, 1), c, b
+        picture = picture[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
+    return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)
 
 
 def read_frames(path, indices, side=None, enlarge=True):
@@ -587,7 +601,7 @@ def read_frames(path, indices, side=None, enlarge=True):
         return {at: to_picture(frame, side, enlarge, converter) for at, frame in pairs}
 
     wanted = set(map(int, indices))
-    pictures = either_way(read)
+    pictures = either_way(path, read)
     rows = torch.stack([pictures[int(i)].permute(1, 2, 0) for i in indices])  # as they lie
     return rows.permute(0, 3, 1, 2)
 
@@ -601,9 +615,11 @@ def read_stream(source):
         form = "v4l2" if source.startswith("/dev/video") else None
         name = "pipe:0" if source == "-" else source
     options = {"framerate": "30"} if form == "avfoundation" else {}  # its default fits few cameras
-    t, before = 0., None
+    t, before, seen, cut = 0., None, 0, False
     with open_video(source, name, format=form, options=options) as (container, stream):
         for packet in container.demux(stream):
+            seen += packet.size > 0
+            cut = packet.is_corrupt if packet.size else cut
             try:
                 frames = packet.decode()
             except av.error.InvalidDataError:
@@ -615,9 +631,9 @@ def read_stream(source):
                     t += passed if 0 < passed < 10 else lasts
                 before = frame.time or 0.
                 yield t, frame
-        declared = (stream.frames - 1) / float(stream.guessed_rate or 25)  # not all files say
-    if t < .9 * declared - 1:
-        raise BadVideo(source, f"it has {t:.1f} of the {declared:.1f} seconds it declares")
+        declared = stream.frames if "mp4" in container.format.name else 0  # others may be wrong
+    if cut or seen < .9 * declared - 25:
+        raise BadVideo(source, f"it was cut off: it has {seen} of {declared or 'its'} frames")
 
 
 # ---- compressed decoding -------------------------------------------------------------------------
@@ -687,7 +703,7 @@ def read_compressed(path, indices, pictures=True, whole=False, step=4):
                 found[at] = [list(vectors), *shown]
         return found, (frame.height, frame.width)
 
-    found, size = either_way(read)
+    found, size = either_way(path, read)
     vectors, *rgb = zip(*[found[int(i)] for i in indices], strict=True)
     rgb = [torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2) for part in rgb]
     intra, frame = rgb or (None, None)
@@ -762,7 +778,7 @@ def reencode(path, out):
                 frame = av.VideoFrame.from_ndarray(picture, "rgb24")
             try:
                 copy = frame.reformat(340, 256, "yuv420p", threads=1)
-            except ValueError as error:
+            except (av.FFmpegError, ValueError) as error:
                 raise BadVideo(path, f"its pixels cannot be converted ({error})") from error
             copy.pts, copy.time_base, copy.pict_type = i, Fraction(1, 25), PictureType.NONE
             container.mux(stream.encode(copy))

@@ -288,6 +288,46 @@ def test_rotated_clips_are_turned_upright(shared, degrees, turns):
     assert upright.shape[2:] == ((568, 320) if turns % 2 else (320, 568))
 
 
+@pytest.mark.parametrize(("matrix", "rows", "columns"), [
+    ((-1, 0, 0, 0, 1, 0), 1, -1), ((1, 0, 0, 0, -1, 0), -1, 1), ((0, 0, 0, 0, 0, 0), 1, 1)])
+def test_mirrored_clips_and_a_matrix_of_zeros(tmp_path, matrix, rows, columns):
+    encode(tmp_path / "a.mp4", moving(3), codec="libx264")
+    data = (tmp_path / "a.mp4").read_bytes()
+    at = data.index(b"tkhd") + 44
+    matrix = struct.pack(">6i", *(value << 16 for value in matrix))
+    (tmp_path / "b.mp4").write_bytes(data[:at] + matrix + data[at + 24:])
+    stored = whole(tmp_path / "a.mp4").numpy()
+    shown = read_frames(tmp_path / "b.mp4", range(3)).numpy()
+    assert (shown == stored[:, :, ::rows, ::columns]).all()
+
+
+@pytest.mark.parametrize("options", ["open-gop=1:keyint=12:bframes=3:scenecut=0", "keyint=12"])
+def test_a_file_that_starts_within_a_group_has_the_frames_that_can_be_decoded(tmp_path, options):
+    encode(tmp_path / "a.mkv", moving(80), codec="libx264", **{"x264-params": options})
+    with av.open(str(tmp_path / "a.mkv")) as old, av.open(str(tmp_path / "b.mkv"), "w") as new:
+        stream, seen = new.add_stream_from_template(old.streams.video[0]), 0
+        for packet in old.demux(video=0):
+            seen += packet.is_keyframe
+            if packet.size and seen > 2:
+                packet.stream = stream
+                new.mux(packet)
+    assert_equals_a_plain_loop(tmp_path / "b.mkv")
+
+
+def test_an_avi_index_that_lacks_a_frame_is_not_followed(tmp_path):
+    encode(tmp_path / "a.avi", moving(60), codec="mjpeg", pix_fmt="yuvj420p")
+    data = (tmp_path / "a.avi").read_bytes()
+    at = data.index(b"idx1") + 8 + 16 * 12
+    (tmp_path / "a.avi").write_bytes(data[:at] + data[at + 16:])
+    assert_equals_a_plain_loop(tmp_path / "a.avi")
+
+
+def test_pixels_that_cannot_be_converted_are_a_bad_video(tmp_path):
+    encode(tmp_path / "a.mp4", moving(3), codec="libx264", **{"x264-params": "colormatrix=ycgco"})
+    with pytest.raises(BadVideo, match="its pixels cannot be converted"):
+        read_frames(tmp_path / "a.mp4", [0])
+
+
 @pytest.mark.parametrize(("height", "width"), [(2, 2), (128, 96), (50, 90)])
 def test_few_frames_and_few_pixels_and_another_size(tmp_path, height, width):
     frames = np.full((3, height, width, 3), 60, np.uint8)

@@ -261,6 +261,14 @@ def test_odd_files_do_not_look_cut_off(tmp_path, look):
     damaged = bytearray(write(tmp_path / "damaged.ts", noise(72, 96, 128)).read_bytes())
     damaged[len(damaged) // 2:][:1500] = bytes(noise(1).flat[:1500])
     (tmp_path / "damaged.ts").write_bytes(damaged)
+    write(tmp_path / "pause.mp4", noise(4), times=[0, 1, 500, 501])
+    with open(tmp_path / "pipe.avi", "wb") as file:  # declares 2^30 frames
+        file.seekable = lambda: False
+        with av.open(file, "w", "avi") as container:
+            stream = container.add_stream("mpeg4", rate=24, width=64, height=48)
+            for picture in noise(30):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode(None))
     write(tmp_path / "burst.ts", noise(4), times=[0, 3750, 3760, 7500], base=90_000)
     for path in list(tmp_path.iterdir()):
         assert look(path).code == 0, path
