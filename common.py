@@ -66,7 +66,10 @@ def run(main):
         main()
     except KeyboardInterrupt:
         line, code = "interrupted; --resume goes on after the last finished epoch", 130
-    except (BadInput, OSError) as error:  # of a loader's worker: at the end of its traceback
+    except (BadInput, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
+            raise
+        # of a loader's worker: at the end of its traceback
         line, code = str(error).splitlines()[-1].removeprefix("common.BadInput: "), 2
     else:
         return
@@ -87,15 +90,21 @@ def renamed(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            yield Path(folder) / path.name
-            if not path.is_dir():  # of two runs that make a folder, the faster one has made it
-                (Path(folder) / path.name).replace(path)
+            part = Path(folder) / path.name
+            yield part
+            if not (part.is_dir() and path.is_dir()):  # else another run was faster
+                part.replace(path)
     except OSError as error:
         raise BadInput(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def save(state, path):
-    """torch.save, whole or not at all. Raises BadInput."""
+    """torch.save, whole or not at all, and no weight that is not finite. Raises BadInput."""
+    for name, held in state.items():
+        for key, x in held.items() if isinstance(held, dict) else ():
+            if torch.is_tensor(x) and not x.isfinite().all():
+                raise BadInput(f"{path} is not written: {key} of {name} is not finite; a lower "
+                               f"--lr may help")
     buffer = io.BytesIO()  # torch.save hides why it cannot write to a file
     torch.save(state, buffer)
     with renamed(path) as part:
@@ -186,7 +195,7 @@ def write_video(path, frames, fps=24, codec="mpeg4", pix_fmt="yuv420p", **option
 
 
 def make_toy_folder(folder, train=1200, test=300, seed=0, pairs=False, motions=tuple(MOTIONS)):
-    """Draw and encode toy clips into `folder`: lists of splits 1 and 2, truth.json and the clips.
+    """Draw and encode toy clips into `folder`: lists of splits 1 and 2, toy_truth.json, the clips.
     pairs: split 1 alone, of classes "circle moving left", ..., in larger and longer clips with a
     vector per 8 pixels."""
     rng, truths = np.random.default_rng(seed), {}
@@ -212,7 +221,7 @@ def make_toy_folder(folder, train=1200, test=300, seed=0, pairs=False, motions=t
             csv.writer(file).writerows(rows)
     if not pairs:
         shutil.copy(folder / "train1.csv", folder / "train2.csv")
-    (folder / "truth.json").write_text(json.dumps(truths, indent=0))
+    (folder / "toy_truth.json").write_text(json.dumps(truths, indent=0))
 
 
 TOYS = {"toy": {}, "toy-pairs": {"train": 900, "test": 240, "pairs": True},  # for make_toy_folder
@@ -328,9 +337,14 @@ def _rows(root, split):
         if not files:
             raise BadInput(f"{hmdb} lacks CLASS_test_split{split}.txt, HMDB51's official lists")
         names = [path.name.rsplit("_", 2)[0] for path in files]  # brush_hair_test_split1.txt
+        gone = {path.name.rsplit("_", 2)[0] for path in hmdb.glob("*_test_split?.txt")} - {*names}
+        if gone:
+            raise BadInput(f"{hmdb} lacks the list of split {split} for {', '.join(sorted(gone))}")
         home = root if any((root / name).is_dir() for name in names) else root / "hmdb51_org"
         for path, name in zip(files, names, strict=True):  # 1 training, 2 test, 0 neither
             text = path.read_text(errors="replace")
+            if not re.search(r"^.+ [012]\s*$", text, re.M):
+                raise BadInput(f"{path} lists no clip; each line is: name.avi 1 (2: test, 0: none)")
             for clip, part in re.findall(r"^(.+) ([12])\s*$", text, re.M):
                 rows[int(part) - 1].append((home / name / clip, words(name)))
     elif ucf.is_dir():
@@ -361,8 +375,8 @@ def _csv_rows(path):
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = [(line["path"].strip(), line["label"].strip()) for line in csv.DictReader(file)]
-        if not all(itertools.chain(*rows)):
-            raise ValueError("an empty field")
+        if not all(itertools.chain(*rows)) or "\0" in "".join(itertools.chain(*rows)):
+            raise ValueError("an empty field, or a NUL byte")
     except (ValueError, csv.Error, KeyError, AttributeError) as error:
         raise BadInput(f"{path}: no UTF-8 list with the header path,label and both in each line "
                        f"({error!r})") from None
@@ -388,9 +402,12 @@ def split_unseen(data, count, seed=0):
         return dataclasses.replace(data, name=f"{data.name}-unseen{count}", classes=classes,
                                    train=train, test=test, unseen=unseen, official=None)
 
-    return {"": part(seen, seen, data.train, data.test),
-            "_unseen": part(unseen, unseen, [], data.test),
-            "_unseen_all": part(unseen, data.classes, [], data.test)}
+    parts = {"": part(seen, seen, data.train, data.test),
+             "_unseen": part(unseen, unseen, [], data.test),
+             "_unseen_all": part(unseen, data.classes, [], data.test)}
+    if not all(own.test for own in parts.values()):
+        raise BadInput(f"--unseen {count}: no test clip of {', '.join(unseen)}, or of the others")
+    return parts
 
 
 def hold_out(data, share, seed=0):
@@ -903,6 +920,7 @@ class ClipLoader(torch.utils.data.DataLoader):
             say_once(f"{len(clips)} training clips in batches of {batch}: an epoch has only "
                      f"{len(self.order)} steps; a smaller --batch-size may learn more")
         super().__init__(clips, batch_sampler=self.order, num_workers=workers,
+                         timeout=600 if workers else 0,  # a full /dev/shm hangs
                          persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
                          collate_fn=_collate)
 
@@ -1013,7 +1031,8 @@ def contact_sheet(clips, lines, frames, path):
         colour = "lime" if good else "red"
         rows.append(torchvision.utils.draw_bounding_boxes(row, box, [words], colour))
     if rows:
-        path.write_bytes(bytes(torchvision.io.encode_png(torch.cat(rows, 1)).numpy()))
+        with renamed(path) as part:
+            part.write_bytes(bytes(torchvision.io.encode_png(torch.cat(rows, 1)).numpy()))
 
 
 # ---- CLIP and ActionCLIP builders ----------------------------------------------------------------
@@ -1047,9 +1066,11 @@ def build_clip(spec, cache="runs/cache"):
     name, _, weights = spec.partition(":")
     config = CLIPS.get(name) or open_clip.get_model_config(name) or {}
     known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
-    if not config or set(config) - known or "timm_model_name" in config["vision_cfg"]:
-        raise BadInput(f"{name} is no CLIP that can be built here; there are {', '.join(CLIPS)} "
-                       f"and open_clip's: ViT-B-32, ViT-B-16, ViT-L-14, ...")
+    text = {"context_length", "vocab_size", "width", "heads", "layers"}
+    if not config or set(config) - known or set(config["text_cfg"]) - text \
+            or "timm_model_name" in config["vision_cfg"]:
+        raise BadInput(f"{name:.99} is no CLIP that can be built here; there are "
+                       f"{', '.join(CLIPS)} and open_clip's: ViT-B-32, ViT-B-16, ViT-L-14, ...")
     path, tag = weights if Path(weights).is_file() else None, {}
     if not weights and name.startswith("toy-"):
         path = cached(cache, name, functools.partial(_train_toy_clip, name), _train_toy_clip,
@@ -1097,6 +1118,8 @@ def read_weights(path):
                 nn.modules.utils.consume_prefix_in_state_dict_if_present(part, "module.")
         if not all(map(torch.is_tensor, state.values())):
             raise TypeError("not all tensors")
+        if type(more.get("quick_gelu", False)) is not bool:
+            raise TypeError("quick_gelu is no bool")
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except Exception as error:
@@ -1106,16 +1129,17 @@ def read_weights(path):
                 f"trust it: python -c \"import torch; torch.save(torch.jit.load('{path}', 'cpu')"
                 f".state_dict(), 'FILE')\", then NAME-quickgelu:FILE") from error
         raise BadInput(f"{path} holds no weights in a known format ({error!r:.99})") from error
-    return {"clip": state, **more}
+    return {**more, "clip": state}
 
 
 def load_strictly(module, state, path, name):
     """module.load_state_dict(state); where the two do not fit, BadInput says in what."""
     try:
         module.load_state_dict(state)
-    except RuntimeError as error:
-        raise BadInput(f"{path} does not fit {name}: {str(error).splitlines()[1]:.300}") from error
-    for key, weight in module.state_dict().items():
+    except Exception as error:  # of other kinds where the file is another kind of file
+        lines = f"{error!r}".split("\\n\\t")
+        raise BadInput(f"{path} does not fit {name}: {lines[len(lines) > 1]:.300}") from error
+    for key, weight in module.state_dict().items() if hasattr(module, "parameters") else ():
         if not weight.isfinite().all():
             raise BadInput(f"{path}: {key} of {name} has values that are not finite")
 
@@ -1255,7 +1279,10 @@ class ActionCLIP(nn.Module):
     @torch.no_grad()
     def embed_classes(self, classes, templates=PROMPTS):
         """K class names -> (P, K, D), computed once: deployed, the text tower does not run."""
-        return self.eval().encode_text(self.prompts(classes, templates)).float()
+        out = self.eval().encode_text(self.prompts(classes, templates)).float()
+        if not out.isfinite().all():
+            raise BadInput(f"{self.name}: its embeddings of texts are not finite")
+        return out
 
     def forward(self, video, tokens):
         """-> video (B, D), text (B, D), and the scale s = exp(logit_scale)"""

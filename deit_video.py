@@ -234,12 +234,13 @@ def keep(row, rows, epochs, path, flags, about, parts):
 def resume(path, flags, parts):
     """Load what a killed run has left -> its rows. Raises BadInput: other flags or clips."""
     saved = common.read_saved(path, "flags", "rows")
-    other = [f"{key} {value}, now {flags[key]}" for key, value in saved["flags"].items()
-             if flags[key] != value and key not in ("resume", "workers", "out")]
+    other = [f"{key} {value}, now {flags.get(key)}" for key, value in saved["flags"].items()
+             if flags.get(key) != value and key not in ("resume", "workers", "out")]
     if other:
         raise common.BadInput(f"--resume: the run of {path} had {'; '.join(other)}")
-    for name in parts.keys() & saved.keys():
-        parts[name].load_state_dict(saved[name])
+    for name, part in parts.items():
+        if hasattr(part, "parameters") or name in saved:  # finished: no optimizer
+            common.load_strictly(part, saved.get(name), path, name)
     return saved["rows"]
 
 
@@ -386,8 +387,8 @@ def write_record(path, args, data, results, log, began):
               "notes": data.notes(), "results": results, "seconds": time.time() - began}
     with common.renamed(path) as part:
         part.write_text(json.dumps(record, indent=1))
-    if log:
-        path.with_name("metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
+    with common.renamed(path.with_name("metrics.jsonl")) as part:
+        part.write_text("\n".join(map(json.dumps, log)))
 
 
 @torch.no_grad()
@@ -447,7 +448,7 @@ def parse(argv=None):
     if args.student.startswith("toy-"):
         parser.set_defaults(lr=4e-4)
     args = parser.parse_args(argv)
-    if min(args.epochs, args.batch_size) < 1 or min(args.seed, args.workers) < 0:
+    if min(args.epochs, args.batch_size) < 1 or args.workers < 0 or args.seed >> 63:
         parser.error("--epochs, --batch-size take 1 or more, --seed, --workers 0 or more")
     if not (1 <= args.frames <= 77 and 0 < args.lr < math.inf):
         parser.error("--frames takes 1 to 77, --lr more than 0")

@@ -200,12 +200,13 @@ def keep(row, rows, epochs, path, flags, about, parts):
 def resume(path, flags, parts):
     """Load what a killed run has left -> its rows. Raises BadInput: other flags or clips."""
     saved = common.read_saved(path, "flags", "rows")
-    other = [f"{key} {value}, now {flags[key]}" for key, value in saved["flags"].items()
-             if flags[key] != value and key not in ("resume", "workers", "out")]
+    other = [f"{key} {value}, now {flags.get(key)}" for key, value in saved["flags"].items()
+             if flags.get(key) != value and key not in ("resume", "workers", "out")]
     if other:
         raise common.BadInput(f"--resume: the run of {path} had {'; '.join(other)}")
-    for name in parts.keys() & saved.keys():
-        parts[name].load_state_dict(saved[name])
+    for name, part in parts.items():
+        if hasattr(part, "parameters") or name in saved:  # finished: no optimizer
+            common.load_strictly(part, saved.get(name), path, name)
     return saved["rows"]
 
 
@@ -447,7 +448,8 @@ def draw_streams(data, args, path):
             zoom = F.interpolate(picture.float(), scale_factor=192 / coded.size[0])[0].byte()
             zoom = F.pad(TF.center_crop(zoom, [192, 256]), (0, 0, 16, 0))
             tiles.append(draw_bounding_boxes(zoom, torch.tensor([[0, 0, 255, 207]]), [name]))
-    path.write_bytes(bytes(encode_png(make_grid(tiles, 4)).numpy()))
+    with common.renamed(path) as part:
+        part.write_bytes(bytes(encode_png(make_grid(tiles, 4)).numpy()))
 
 
 def table(rows):
@@ -466,8 +468,8 @@ def write_record(path, args, data, results, log, began):
               "notes": data.notes(), "results": results, "seconds": time.time() - began}
     with common.renamed(path) as part:
         part.write_text(json.dumps(record, indent=1))
-    if log:
-        path.with_name("metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
+    with common.renamed(path.with_name("metrics.jsonl")) as part:
+        part.write_text("\n".join(map(json.dumps, log)))
 
 
 # ---- flags and main ------------------------------------------------------------------------------
@@ -513,10 +515,12 @@ def parse(argv=None):
     args.copies = copies if args.reencode else None
     if min(args.segments, args.epochs, args.exit_epochs, args.crops, args.batch_size) < 1:
         parser.error("--segments, --epochs, --exit-epochs, --crops, --batch-size take 1 or more")
-    if min(args.seed, args.workers) < 0 or args.size < 32 or not 0 <= args.holdout < 1:
+    if args.workers < 0 or args.seed >> 63 or args.size < 32 or not 0 <= args.holdout < 1:
         parser.error("--seed, --workers take 0 or more, --size 32 or more, --holdout 0 to 1")
-    if not (0 < args.lr < math.inf and 0 < args.tau < math.inf):
-        parser.error("--lr and --tau take more than 0")
+    if not (0 < args.lr < math.inf and 0 < args.tau < math.inf and args.cache_gb >= 0):
+        parser.error("--lr and --tau take more than 0, --cache-gb 0 or more")
+    if args.batch_size * args.segments < 2:
+        parser.error("BatchNorm needs two frames: --batch-size or --segments 2 or more")
     return args
 
 

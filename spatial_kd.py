@@ -167,13 +167,16 @@ def read_vocabulary(path):
     try:
         held = json.loads(Path(path).read_text(encoding="utf-8")) if path else VOCABULARY
         tasks = [common.Task(name, **task) for name, task in held.items()]
-        for _, labels, templates, _, _ in tasks:
-            places = [text.split("{}") for text in templates]
-            plain = not any(set("{}") & set("".join(parts)) for parts in places)
-            if len(set(labels)) < max(2, len(labels)) or not plain or {*map(len, places)} != {2}:
+        for _, labels, templates, multi_label, _ in tasks:
+            places = [re.fullmatch(r"[^{}]*\{\}[^{}]*", text) for text in templates]
+            several = len(set(labels)) == len(labels) > 1 and "".join(labels)  # texts, no numbers
+            kinds = type(labels), type(multi_label)
+            if not (several and places and all(places)) or kinds != (list, bool):
                 raise ValueError("a task takes two or more different labels, and templates with "
                                  "one {} each")
-    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        if not tasks:
+            raise ValueError("no task")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise common.BadInput(f'--vocabulary {path}: {error}; the form is {{"scene": {{"labels": '
                               f'["a kitchen", "a street"], "templates": ["in {{}}"]}}}}') from None
     return tasks
@@ -181,7 +184,7 @@ def read_vocabulary(path):
 
 @functools.cache
 def toy_truths(root):
-    file = root / "truth.json"
+    file = root / "toy_truth.json"
     return json.loads(file.read_text()) if file.exists() else {}
 
 
@@ -189,7 +192,7 @@ def read_truth(path):
     """Ground truth of a clip, {task: label}, or {}. Toy clips know what was drawn; HMDB51 has it in
     the file's name (..._f_nm_np1_ba_goo_0.avi)."""
     path = Path(path).absolute()
-    truth = toy_truths(path.parents[1]).get(f"{path.parent.name}/{path.name}")
+    truth = toy_truths(path.parent.parent).get(f"{path.parent.name}/{path.name}")
     if truth:
         said = r"a (?P<colour>\S+) (?P<shape>\S+) at the (?P<place>.+) on (?P<scene>.+)"
         return re.fullmatch(said, common.toy_caption(truth)).groupdict()
@@ -341,12 +344,13 @@ def keep(row, rows, epochs, path, flags, about, parts):
 def resume(path, flags, parts):
     """Load what a killed run has left -> its rows. Raises BadInput: other flags or clips."""
     saved = common.read_saved(path, "flags", "rows")
-    other = [f"{key} {value}, now {flags[key]}" for key, value in saved["flags"].items()
-             if flags[key] != value and key not in ("resume", "workers", "out")]
+    other = [f"{key} {value}, now {flags.get(key)}" for key, value in saved["flags"].items()
+             if flags.get(key) != value and key not in ("resume", "workers", "out")]
     if other:
         raise common.BadInput(f"--resume: the run of {path} had {'; '.join(other)}")
-    for name in parts.keys() & saved.keys():
-        parts[name].load_state_dict(saved[name])
+    for name, part in parts.items():
+        if hasattr(part, "parameters") or name in saved:  # finished: no optimizer
+            common.load_strictly(part, saved.get(name), path, name)
     return saved["rows"]
 
 
@@ -481,8 +485,8 @@ def write_record(path, args, data, results, log, began):
               "notes": data.notes(), "results": results, "seconds": time.time() - began}
     with common.renamed(path) as part:
         part.write_text(json.dumps(record, indent=1))
-    if log:
-        path.with_name("metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
+    with common.renamed(path.with_name("metrics.jsonl")) as part:
+        part.write_text("\n".join(map(json.dumps, log)))
 
 
 def describe(args, run):
@@ -535,7 +539,7 @@ def parse(argv=None):
     if args.student.startswith("toy-"):
         parser.set_defaults(lr=4e-4)
     args = parser.parse_args(argv)
-    if min(args.epochs, args.batch_size) < 1 or min(args.seed, args.workers) < 0:
+    if min(args.epochs, args.batch_size) < 1 or args.workers < 0 or args.seed >> 63:
         parser.error("--epochs, --batch-size take 1 or more, --seed, --workers 0 or more")
     if not (1 <= args.frames <= 77 and 0 < args.lr < math.inf and 0 <= args.weight < math.inf):
         parser.error("--frames takes 1 to 77, --lr more than 0, --lambda 0 or more (the arm "

@@ -152,12 +152,13 @@ def keep(row, rows, epochs, path, flags, about, parts):
 def resume(path, flags, parts):
     """Load what a killed run has left -> its rows. Raises BadInput: other flags or clips."""
     saved = common.read_saved(path, "flags", "rows")
-    other = [f"{key} {value}, now {flags[key]}" for key, value in saved["flags"].items()
-             if flags[key] != value and key not in ("resume", "workers", "out")]
+    other = [f"{key} {value}, now {flags.get(key)}" for key, value in saved["flags"].items()
+             if flags.get(key) != value and key not in ("resume", "workers", "out")]
     if other:
         raise common.BadInput(f"--resume: the run of {path} had {'; '.join(other)}")
-    for name in parts.keys() & saved.keys():
-        parts[name].load_state_dict(saved[name])
+    for name, part in parts.items():
+        if hasattr(part, "parameters") or name in saved:  # finished: no optimizer
+            common.load_strictly(part, saved.get(name), path, name)
     return saved["rows"]
 
 
@@ -278,8 +279,8 @@ def write_record(path, args, data, results, log, began):
               "notes": data.notes(), "results": results, "seconds": time.time() - began}
     with common.renamed(path) as part:
         part.write_text(json.dumps(record, indent=1))
-    if log:
-        path.with_name("metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
+    with common.renamed(path.with_name("metrics.jsonl")) as part:
+        part.write_text("\n".join(map(json.dumps, log)))
 
 
 # ---- live: --watch. If you only care about the swap, skip to parse() -----------------------------
@@ -404,10 +405,10 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     labels = [word.strip() for word in args.labels.split(",")]
     args.labels = [word for word in dict.fromkeys(labels) if word]
-    if min(args.views, args.epochs, args.batch_size) < 1 or min(args.seed, args.workers) < 0:
+    if min(args.views, args.epochs, args.batch_size) < 1 or args.workers < 0 or args.seed >> 63:
         parser.error("--views, --epochs, --batch-size take 1 or more, --seed, --workers 0 or more")
-    if not (1 <= args.frames <= 77 and 0 < args.lr < math.inf):
-        parser.error("--frames takes 1 to 77, --lr more than 0")
+    if not (1 <= args.frames <= 77 and 0 < args.lr < math.inf and args.fusion_layers >= 0):
+        parser.error("--frames takes 1 to 77, --lr more than 0, --fusion-layers 0 or more")
     if not 0 < args.fps < math.inf or (args.watch and len(args.labels) < 2):
         parser.error('--fps takes more than 0, --watch --labels: --labels "waving, running"')
     return args

@@ -42,6 +42,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import platform
 import sys
 import tempfile
@@ -187,6 +188,8 @@ class Cascade:
                     print(f"cannot decode {path}: {error.reason}", file=sys.stderr)
                 bad[path], labels[n] = error.reason, -1
         lost = (labels < 0).sum().item()
+        if not z.isfinite().all():
+            raise common.BadInput("logits of the checkpoint are not finite")
         if lost == len(clips) or lost > max(10, .01 * len(clips)):
             raise common.BadInput(f"{lost} of {len(clips)} clips cannot be decoded, the last one "
                                   f"{list(bad)[-1]}; mend them or take them off the list")
@@ -321,8 +324,8 @@ def write_record(path, args, data, results, log, began):
               "notes": data.notes(), "results": results, "seconds": time.time() - began}
     with common.renamed(path) as part:
         part.write_text(json.dumps(record, indent=1))
-    if log:
-        path.with_name("metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
+    with common.renamed(path.with_name("metrics.jsonl")) as part:
+        part.write_text("\n".join(map(json.dumps, log)))
 
 
 # ---- flags and main ------------------------------------------------------------------------------
@@ -350,7 +353,8 @@ def parse(argv=None):
     with contextlib.suppress(ValueError):
         pairs = [pair.split("=") for pair in filter(None, args.segments.split(","))]
         args.segments = {stream: int(count) for stream, count in pairs}
-        good = min(args.segments.values(), default=1) >= 1 and args.l1 >= 0 and args.max_loss >= 0
+        good = min(args.segments.values(), default=1) >= 1
+        good &= 0 <= args.l1 < math.inf and args.max_loss >= 0
         good &= set(args.segments) <= set(STREAMS) and sorted(args.exit_order) == sorted(STREAMS)
         args.theta = args.theta if args.theta == "auto" else float(args.theta)
         good &= args.theta == args.theta  # nan is not
@@ -369,7 +373,12 @@ def load(args):
     if not path.exists():
         raise common.BadInput(f"{path} is missing; make it with: {command}")
     saved = common.read_saved(path, "flags", "streams", "exits", "classes", "data")
-    orders = saved["flags"]["order"]
+    flags = saved["flags"]
+    known = {"data", "split", "seed", "clips", "holdout", "networks", "size", "segments", "order"}
+    if not known | {"copies"} <= flags.keys():
+        raise common.BadInput(f"{path} was written by another version, or is no such checkpoint")
+    orders, saved["data"] = flags["order"], Path(saved["data"]).name
+    flags["copies"] = flags["copies"] and f"{args.out}/cache/{saved['data']}-mpeg4"
     order = args.order or ("progressive" if "progressive" in orders else orders[0])
     if "optimizer" in saved:
         raise common.BadInput(f"{path} is not finished; go on with: {command} --resume")

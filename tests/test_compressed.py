@@ -110,7 +110,7 @@ def test_sprite_moves_and_the_ground_is_still(tmp_path, codec, dx, dy):
 
 
 def test_motion_of_toy_clips_is_the_truth_to_a_pixel(coded):
-    truths, errors = json.loads((coded / "truth.json").read_text()), []
+    truths, errors = json.loads((coded / "toy_truth.json").read_text()), []
     for path, _ in common.read_data(coded).train:
         truth = truths["/".join(path.split("/")[-2:])]
         direction = np.array(common.MOTIONS[truth["motion"]])

@@ -82,7 +82,7 @@ def test_captions_name_what_the_truth_says():
 
 
 def test_toy_files_show_what_was_drawn_in_i_and_p_frames(toy):
-    truths = json.loads((toy / "truth.json").read_text())
+    truths = json.loads((toy / "toy_truth.json").read_text())
     for name in ("train/0000.mp4", "train/0004.mp4", "test/0023.mp4"):
         drawn = torch.from_numpy(toy_clip(truths[name])).permute(0, 3, 1, 2)
         error = (common.read_frames(toy / name, range(16)).double() - drawn).square().mean()
@@ -96,7 +96,7 @@ def test_toy_scene_goes_with_the_action_in_training_only(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "toy_clip", lambda *_: None)  # only the truth is wanted here
     monkeypatch.setattr(common, "write_video", lambda *_, **__: None)
     common.make_toy_folder(tmp_path / "toy", train=300, test=300)
-    truths, usual = json.loads((tmp_path / "toy" / "truth.json").read_text()), {}
+    truths, usual = json.loads((tmp_path / "toy" / "toy_truth.json").read_text()), {}
     for name, truth in truths.items():
         own = SCENES[list(MOTIONS).index(truth["motion"]) % 4]
         usual.setdefault(name.split("/")[0], []).append(own == truth["scene"])
@@ -239,6 +239,11 @@ BAD = {  # what: (files that replace some of GOOD, or a list: all files; what is
     "no lists of HMDB51": ([(f"{HMDB_LISTS}/readme", ""), ("wave/a.avi", "")],
                            ["lacks", "CLASS_test_split1.txt"]),
     "no lists of UCF101": ([("ucfTrainTestlist/classInd.txt", "")], ["trainlist01.txt"]),
+    "HMDB51 lacks a list": ([(f"{HMDB_LISTS}/wave_test_split1.txt", "a.avi 1\nb.avi 2"),
+                             (f"{HMDB_LISTS}/clap_test_split2.txt", "c.avi 1"), ("wave/a.avi", ""),
+                             ("wave/b.avi", "")], ["lacks the list of split 1 for clap"]),
+    "HMDB51, an empty list": ([(f"{HMDB_LISTS}/wave_test_split1.txt", "")], ["lists no clip"]),
+    "a NUL byte": ({"train.csv": csv("a\0.mp4,wave")}, ["train.csv", "NUL"]),
     # as a zip program may leave them
     "HMDB51 not UTF-8": ([(f"{HMDB_LISTS}/wave_test_split1.txt", b"a\xe9.avi 1\n"),
                           ("wave/a.avi", "")], ["wave"]),

@@ -391,7 +391,7 @@ def odd(tmp_path_factory):
     and a broken file among the test clips"""
     folder = tmp_path_factory.mktemp("odd") / "odd"
     common.make_toy_folder(folder, 8, 4, pairs=True, motions=("growing", "moving up"))
-    truths = json.loads((folder / "truth.json").read_text())
+    truths = json.loads((folder / "toy_truth.json").read_text())
     for name, options in (("train/0000.mp4", {"codec": "libx264", "qmax": "51"}),
                           ("test/0000.mp4", {"bf": "2"})):
         common.write_video(folder / name, common.toy_clip(truths[name], 24, 96), **options)

@@ -36,6 +36,8 @@ def full():
 def test_a_full_disk_is_told_and_leaves_the_file_before(tmp_path, full, toy):
     path, big = tmp_path / "a.pt", {"w": torch.rand(100_000)}
     common.save(big, path)
+    with pytest.raises(BadInput, match="b of w is not finite"):
+        common.save({"w": {"b": torch.tensor(math.inf)}}, path)
     full(2_000)
     for write in (lambda: common.save({"w": torch.ones(100_000)}, path),
                   lambda: common.cached(tmp_path, "toys", common.make_toy_folder),
@@ -60,7 +62,8 @@ def test_what_cannot_be_read_is_named(tmp_path, content):
     (BadInput("--views: one"), 2, "--views: one"), (KeyboardInterrupt(), 130, "interrupted; .*"),
     (PermissionError(13, "Permission denied", "out"), 2, ".*Permission denied: 'out'"),
     (BadInput("Caught in a worker\nTraceback ...\ncommon.BadInput: a.mp4 cannot be written"), 2,
-     "a.mp4 cannot be written")])
+     "a.mp4 cannot be written"),
+    (RuntimeError("DataLoader timed out"), 2, "DataLoader timed out")])
 def test_a_mistake_is_one_line(monkeypatch, capsys, error, code, line):
     def fail():
         raise error
@@ -108,6 +111,18 @@ def test_a_batch_needs_few_file_handles(coded):
         assert sum(len(batch.label) for batch in loader) == 144
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("damage", [
+    {"model_state_dict": None}, {"model_state_dict": {}}, {"model_state_dict": "x"},
+    {"fusion_model_state_dict": {"a": torch.ones(1)}}, {"optimizer": {"state": 3}}], ids=str)
+def test_resume_of_a_damaged_checkpoint_is_refused(toy, tmp_path, damage):
+    flags = ["--data", str(toy), "--out", str(tmp_path), *SMALL]
+    tinyclip_swap.main(flags)
+    file = next(tmp_path.rglob("large-last.pt"))
+    torch.save({**common.read_saved(file), **damage}, file)
+    with pytest.raises(BadInput, match=rf"{file} does not fit {next(iter(damage))}"):
+        tinyclip_swap.main([*flags, "--resume"])
 
 
 # ---- numbers

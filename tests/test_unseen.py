@@ -58,8 +58,10 @@ def test_every_clip_keeps_its_class_and_lands_in_its_part(diagonals):
 
 
 def test_the_seed_chooses_and_of_toys_only_diagonals():
-    toys, letters = VideoData("t", [*MOTIONS, *DIAGONALS], [], [], []), list("abcdef")
-    for data, able in ((toys, set(DIAGONALS)), (VideoData("d", letters, [], [], []), set(letters))):
+    tests, letters = [("a.mp4", k) for k in range(10)], list("abcdef")
+    toys = VideoData("t", [*MOTIONS, *DIAGONALS], [], tests, [])
+    others = VideoData("d", letters, [], tests[:6], [])
+    for data, able in ((toys, set(DIAGONALS)), (others, set(letters))):
         chosen = [split_unseen(data, 2, seed)["_unseen"].classes for seed in range(40)]
         assert chosen[3] == split_unseen(data, 2, 3)["_unseen"].classes
         assert set().union(*chosen) == able
@@ -67,6 +69,8 @@ def test_the_seed_chooses_and_of_toys_only_diagonals():
     for count in (-1, 1, 5):
         with pytest.raises(BadInput, match="two must be left on either side"):
             split_unseen(data, count)
+    with pytest.raises(BadInput, match="no test clip"):
+        split_unseen(VideoData("d", letters, [], [("a.mp4", 0)], []), 2)
 
 
 @pytest.mark.parametrize("script", RUNS, ids=lambda script: script.__name__)
