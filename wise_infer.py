@@ -28,8 +28,8 @@ theta is the cheapest that loses at most --max-loss points on them. Solver: L-BF
   python wise_infer.py --video clip.mp4        label, confidence, exit and milliseconds of a file
 
 The plain command printed (2 cores of an x86_64 CPU, torch 2.15.0):
-RESULT wise_infer data=toy split=1 seed=0 last=0.9125 last_gmac=0.0048 fusion=0.9833
-  fusion_gmac=0.0137 wise=0.9792 wise_gmac=0.0182 early=0.9833 early_gmac=0.0134 seconds=15
+RESULT wise_infer data=toy split=1 seed=0 last=0.9125 last_gmac=0.0048 fusion=0.9792
+  fusion_gmac=0.0137 wise=0.9875 wise_gmac=0.0182 early=0.9708 early_gmac=0.0115 seconds=11
 
 Differs from the paper (its abstract) and its code: W and theta come from held-out clips; the code
 fits on training logits, by 500 steps of SGD from ones, l1 0 up to exit 5 and .1 from 6 on, and read
@@ -43,10 +43,12 @@ import functools
 import itertools
 import json
 import math
+import os
 import platform
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import av
@@ -308,6 +310,18 @@ def classify(cascade, paths, weights, theta):
     return {"video": lines}
 
 
+def run_folder(script, data, args):
+    """OUT/SCRIPT/DATA-sSPLIT-seedSEED-DIGEST: a run belongs to its clips and flags."""
+    other = "allow_missing", "copies", "data", "describe", "label_only", "out", "resume", "workers"
+    flags = {key: value for key, value in vars(args).items() if key not in other}
+    digest = zlib.crc32(json.dumps([data.digest(), flags], sort_keys=True).encode())
+    run = Path(args.out) / script / f"{data.name}-s{args.split}-seed{args.seed}-{digest:08x}"
+    if vars(args).get("resume") and not run.exists():
+        print(f"--resume: no run with these clips and flags; {run} is new", file=sys.stderr)
+    run.mkdir(parents=True, exist_ok=True)
+    return run
+
+
 def table(rows):
     """Dicts with the same keys -> aligned text"""
     lines = [list(rows[0])]
@@ -335,7 +349,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--data", default="toy", help="the run of pkd_compressed.py on it is read, ...")
+    add("--data", default="toy", help="the newest run of pkd_compressed.py on it is read, ...")
     add("--split", type=int, default=1, choices=(1, 2, 3), help="... with this split")
     add("--seed", type=int, default=0, help="... and this seed")
     add("--checkpoint", metavar="FILE", help="that last.pt instead")
@@ -367,21 +381,25 @@ def parse(argv=None):
 def load(args):
     """-> the checkpoint of pkd_compressed.py, its path, and which order's exits to use"""
     name = f"{Path(args.data).resolve().name}-s{args.split}-seed{args.seed}"
-    path = Path(args.checkpoint or f"{args.out}/pkd_compressed/{name}/last.pt")
-    command = (f"python pkd_compressed.py --data {args.data} --split {args.split} --seed "
-               f"{args.seed} --out {args.out}")
+    runs = [path for path in Path(args.out, "pkd_compressed").glob("*/last.pt")
+            if path.parent.name.rpartition("-")[0] == name]
+    missing = f"{args.out}/pkd_compressed/{name}-*/last.pt"
+    path = Path(args.checkpoint or max(runs, key=os.path.getmtime, default=missing))
     if not path.exists():
-        raise common.BadInput(f"{path} is missing; make it with: {command}")
+        raise common.BadInput(f"{path} is missing; make it with: python pkd_compressed.py --data "
+                              f"{args.data} --split {args.split} --seed {args.seed} --out "
+                              f"{args.out}")
     saved = common.read_saved(path, "flags", "streams", "exits", "classes", "data")
     flags = saved["flags"]
     known = {"data", "split", "seed", "clips", "holdout", "networks", "size", "segments", "order"}
     if not known | {"copies"} <= flags.keys():
         raise common.BadInput(f"{path} was written by another version, or is no such checkpoint")
     orders, saved["data"] = flags["order"], Path(saved["data"]).name
+    args.split, args.seed = flags["split"], flags["seed"]
     flags["copies"] = flags["copies"] and f"{args.out}/cache/{saved['data']}-mpeg4"
     order = args.order or ("progressive" if "progressive" in orders else orders[0])
     if "optimizer" in saved:
-        raise common.BadInput(f"{path} is not finished; go on with: {command} --resume")
+        raise common.BadInput(f"{path} is not finished; go on with its command and --resume")
     if order not in orders:
         raise common.BadInput(f"{path} has exits of {', '.join(orders)}, none of --order {order}")
     return saved, path, order
@@ -461,8 +479,7 @@ def report(results, cascade, data, said, left, labels, saved, args, began):
               f"{results['held']} held-out clips")
     for note in data.notes():
         print(f"NOTE {note}")
-    run = Path(args.out) / "wise_infer" / f"{saved['data']}-s{flags['split']}-seed{flags['seed']}"
-    run.mkdir(parents=True, exist_ok=True)
+    run = run_folder("wise_infer", data, args)
     write_record(run / "run.json", args, data, results, [], began)
     order, lines = left.argsort(stable=True), {}  # from those that left first
     order = order[labels[order] >= 0]

@@ -113,4 +113,4 @@ def plain(run_script, moves, out):
     done = run_script("tinyclip_swap.py", "--data", moves, "--small", "toy-small:random",
                       "--frames", 4, "--epochs", 4, "--batch-size", 16, "--out", out)
     assert done.returncode == 0, done.stderr
-    return done.stdout, out / "tinyclip_swap" / "moves-s1-seed0" / "large-last.pt"
+    return done.stdout, next(out.glob("tinyclip_swap/moves-s1-seed0-*/large-last.pt"))

@@ -275,7 +275,7 @@ def test_the_grid_of_the_thesis_is_labelled_by_the_command_that_it_names(toy, tm
     folder = tmp_path / toy.name
     shutil.copytree(toy, folder)
     flags = ("--data", folder, *FAST, "--epochs", 1, "--teacher", "toy-large:random", "--out",
-             tmp_path, "--allow-missing", "--grid", "thesis")
+             tmp_path, "--allow-missing", "--grid", "soft")
     with pytest.raises(BadInput, match=r"targets\.pt is missing; .*: python spatial_kd") as error:
         go(*flags)
     command = shlex.split(str(error.value).partition("python spatial_kd.py ")[2])
@@ -291,7 +291,7 @@ def test_the_grid_of_the_thesis_is_labelled_by_the_command_that_it_names(toy, tm
         assert told == (row["arm"] in ("+swap+spatial", "all-three"))
     lists = (folder / "train1.csv").read_text().splitlines()
     (folder / "train1.csv").write_text("\n".join(lists[:-1]))
-    with pytest.raises(BadInput, match=r"targets\.pt was made for other clips"):
+    with pytest.raises(BadInput, match=r"targets\.pt is missing"):  # those of other clips
         go(*flags)
 
 

@@ -3,8 +3,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import re
-import runpy
 import shutil
 import sys
 from collections import Counter
@@ -336,26 +334,6 @@ def test_killed_and_resumed_ends_the_same(base, coded, tmp_path, owner, name, ca
     assert log(tmp_path) == log(base.out)
     for part in ("streams", "exits"):
         assert same(state(tmp_path)[part], state(base.out)[part])
-
-
-def test_a_run_is_not_resumed_with_other_flags_or_clips(base, coded, tmp_path, monkeypatch, capsys):
-    run, script = next(base.out.rglob("last.pt")), pkd_compressed.__file__
-    before, flags = run.read_bytes(), ("--order", "all", "--resume")
-    argv = [script, "--data", coded, *FAST, *flags, "--out", base.out, "--tau", 2, "--lr", .5]
-    monkeypatch.setattr(sys, "argv", [str(flag) for flag in argv])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(script, run_name="__main__")
-    assert caught.value.code == 2
-    line, = capsys.readouterr().err.strip().splitlines()
-    assert re.fullmatch("pkd_compressed.py: --resume: the run of .* had .*tau 1.0, now 2.0.*", line)
-    assert "lr 0.003, now 0.5" in line
-    folder = tmp_path / coded.name
-    shutil.copytree(coded, folder)
-    lines = (folder / "train1.csv").read_text().splitlines()
-    (folder / "train1.csv").write_text("\n".join(lines[:-1]))
-    with pytest.raises(common.BadInput, match=r"clips \d+, now \d+"):
-        go("--data", folder, *FAST, *flags, "--out", base.out)
-    assert run.read_bytes() == before
 
 
 def test_two_processes_follow_one(base, coded, tmp_path, run_script):

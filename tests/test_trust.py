@@ -170,11 +170,3 @@ def test_few_steps_an_epoch_are_told_once(toy, capsys):
         common.ClipLoader(clips, batch)
     assert capsys.readouterr().err.count("48 training clips in batches of 32: an epoch has only 1 "
                                          "step") == 1
-
-
-@pytest.mark.parametrize("template", ["in a place", "{1}", "{:>1000000000}", "{} and {}", "{"])
-def test_templates_have_one_place(tmp_path, template):
-    file = tmp_path / "words.json"
-    file.write_text(f'{{"scene": {{"labels": ["a", "b"], "templates": ["{template}"]}}}}')
-    with pytest.raises(BadInput, match=r"one \{\} each"):
-        spatial_kd.read_vocabulary(file)
