@@ -171,3 +171,23 @@ def test_planted_mistakes_are_found(on_gpu, build, clips, tmp_path, monkeypatch,
     with pytest.raises((RuntimeError, AssertionError), match=found):
         check(on_gpu(tinyclip_swap, batches, tinyclip_swap.train, "large", model, None, data, args,
                      tmp_path, []))
+
+
+# ---- --compile
+
+
+@pytest.mark.parametrize("script", [spatial_kd, pkd_compressed], ids=lambda s: s.__name__)
+def test_compiled_networks_say_the_same(script, toy, coded, tmp_path, monkeypatch):
+    """Captured as graphs, but not compiled, which takes minutes without a GPU."""
+    flags = ["--data", str(toy), *SMALL, "--student", "toy-small:random", "--labeller",
+             "toy-small:random", "--arms", "spatial"]
+    if script is pkd_compressed:
+        flags = ["--data", str(coded), "--size", "32", "--networks", *3 * ["toy"], "--workers",
+                 "0", "--epochs", "1", "--exit-epochs", "1", "--segments", "1", "--order", "ce"]
+    found, compile_ = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compile_(f, backend="eager"))
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        found.append(script.main([*flags, "--out", str(tmp_path / name), *more]))
+    if script is spatial_kd:
+        found = [numbers["spatial"]["top1"] for numbers in found]
+    assert found[0] == found[1]
