@@ -67,9 +67,9 @@ def run(main):
     except KeyboardInterrupt:
         line, code = "interrupted; --resume goes on after the last finished epoch", 130
     except (BadInput, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
-            raise
-        # of a loader's worker: at the end of its traceback
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader"):
+            raise  # else a worker was killed or hangs
+        # a mistake found by a worker stands at the end of its traceback
         line, code = str(error).splitlines()[-1].removeprefix("common.BadInput: "), 2
     else:
         return
@@ -1137,8 +1137,8 @@ def load_strictly(module, state, path, name):
     try:
         module.load_state_dict(state)
     except Exception as error:  # of other kinds where the file is another kind of file
-        lines = f"{error!r}".split("\\n\\t")
-        raise BadInput(f"{path} does not fit {name}: {lines[len(lines) > 1]:.300}") from error
+        what, *_ = str(error).splitlines()[1:2] or [repr(error)]  # the first of what differs
+        raise BadInput(f"{path} does not fit {name}: {what.strip():.300}") from error
     for key, weight in module.state_dict().items() if hasattr(module, "parameters") else ():
         if not weight.isfinite().all():
             raise BadInput(f"{path}: {key} of {name} has values that are not finite")
