@@ -539,7 +539,7 @@ def decode(path, indices, seek=True, export=None):
                 at, frames, start = key - 1, _numbered(container, stream, index, key - 1), key
             while at < i and (found := next(frames, None)):
                 at, frame = found
-                clean = frame.pict_type in (0, PictureType.I) and not frame.is_corrupt
+                clean = frame.pict_type == PictureType.I and not frame.is_corrupt
                 if start and (at > start or not clean):
                     raise BadVideo(path, f"decoding cannot start at frame {start}")
                 start, size = 0, size or (frame.width, frame.height)
