@@ -558,7 +558,7 @@ def decode(path, indices, seek=True, export=None):
 def _numbered(container, stream, index, at):
     """Yields (position, frame) of what follows position `at`, by trusted timestamps or counted."""
     for pts, frame in _pictures(container, stream):
-        new = at + 1 if index.pts is None or pts is None else int(np.searchsorted(index.pts, pts))
+        new = at + 1 if index.pts is None or pts is None else int(index.pts.searchsorted(pts))
         if new > at:
             at = new
             yield at, frame
@@ -567,7 +567,7 @@ def _numbered(container, stream, index, at):
 def _pictures(container, stream):
     """Yields (timestamp, frame) in order. Where MPEG-4 has the header of a picture and no more (not
     coded, as XviD writes still scenes), the picture before is shown again."""
-    before, again = None, []
+    before, again, decoder = None, [], stream.codec_context
     for packet in container.demux(stream):
         frames = packet.decode()
         if not frames and 1 < packet.size < 16 and VOP.search(bytes(packet)):
@@ -575,8 +575,8 @@ def _pictures(container, stream):
         for frame in frames:
             before = frame
             yield frame.pts, frame
-        late = stream.codec_context.has_b_frames  # the picture before comes with the next one
-        if again and before and (frames or not late or not packet.size):
+        # where pictures are reordered, the one before comes with the next one
+        if again and before and (frames or not packet.size or not decoder.has_b_frames):
             yield from [(pts, before) for pts in again]
             again = []
 
