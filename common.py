@@ -536,11 +536,15 @@ def decode(path, indices, seek=True, export=None):
             if frames is None or key > at + 1:
                 if key:
                     container.seek(int(index.pts[key]), stream=stream)
-                at, frames, start = key - 1, _numbered(container, stream, index, key - 1), key
+                at, frames, start = key - 1, _pictures(container, stream), key
             while at < i and (found := next(frames, None)):
-                at, frame = found
-                clean = frame.pict_type == PictureType.I and not frame.is_corrupt
-                if start and (at > start or not clean):
+                pts, frame = found
+                counted = index.pts is None or pts is None
+                new = at + 1 if counted else int(index.pts.searchsorted(pts))
+                if new <= at:
+                    continue
+                at = new
+                if start and (at > start or frame.is_corrupt or frame.pict_type != PictureType.I):
                     raise BadVideo(path, f"decoding cannot start at frame {start}")
                 start, size = 0, size or (frame.width, frame.height)
                 if size != (frame.width, frame.height):
@@ -553,15 +557,6 @@ def decode(path, indices, seek=True, export=None):
                 yield at, frame
             if at > i:
                 raise BadVideo(path, f"frame {i} of {index.count} is missing or out of order")
-
-
-def _numbered(container, stream, index, at):
-    """Yields (position, frame) of what follows position `at`, by trusted timestamps or counted."""
-    for pts, frame in _pictures(container, stream):
-        new = at + 1 if index.pts is None or pts is None else int(index.pts.searchsorted(pts))
-        if new > at:
-            at = new
-            yield at, frame
 
 
 def _pictures(container, stream):
