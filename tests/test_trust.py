@@ -1,4 +1,5 @@
 """What fails ends in one line, and leaves what was there before."""
+import contextlib
 import math
 import os
 import re
@@ -22,27 +23,30 @@ SMALL = ("--large", "toy-small:random", "--small", "toy-small:random", "--frames
          "3", "--batch-size", "16", "--workers", "0")
 
 
-@pytest.fixture
-def full():
-    """full(n): from now on no file may grow beyond n bytes, as on a full disk."""
+@contextlib.contextmanager
+def full(size):
+    """No file may grow beyond `size` bytes, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # ---- files
 
 
-def test_a_full_disk_is_told_and_leaves_the_file_before(tmp_path, full, toy):
+def test_a_full_disk_is_told_and_leaves_the_file_before(tmp_path, toy):
     path, big = tmp_path / "a.pt", {"w": torch.rand(100_000)}
     common.save(big, path)
     with pytest.raises(BadInput, match="b of w is not finite"):
         common.save({"w": {"b": torch.tensor(math.inf)}}, path)
-    full(2_000)
     for write in (lambda: common.save({"w": torch.ones(100_000)}, path),
                   lambda: common.cached(tmp_path, "toys", common.make_toy_folder),
                   lambda: common.coded_copy(str(toy / "train/0000.mp4"), tmp_path / "copies")):
-        with pytest.raises(BadInput, match=f"{tmp_path}/.* cannot be written: File too large"):
+        match = f"{tmp_path}/.* cannot be written: File too large"
+        with pytest.raises(BadInput, match=match), full(2_000):
             write()
     assert torch.equal(common.read_saved(path, "w")["w"], big["w"])
     assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["a.pt"]
@@ -90,14 +94,12 @@ def test_ctrl_c_in_training_is_one_line_in_all_processes(toy, tmp_path):
     assert not [line for line in before if "Traceback" in line]
 
 
-def test_a_record_and_a_checkpoint_of_the_run_before_stay_where_the_disk_is_full(
-        toy, tmp_path, full):
+def test_a_record_and_a_checkpoint_of_the_run_before_stay_where_the_disk_is_full(toy, tmp_path):
     flags = ["--data", str(toy), "--out", str(tmp_path), *SMALL]
     tinyclip_swap.main(flags)
     files = [file for file in tmp_path.rglob("*") if file.suffix in (".pt", ".json")]
     before = {file: file.read_bytes() for file in files}
-    full(100_000)
-    with pytest.raises(BadInput, match="cannot be written: File too large"):
+    with pytest.raises(BadInput, match="cannot be written: File too large"), full(100_000):
         tinyclip_swap.main(flags)
     assert before == {file: file.read_bytes() for file in files}
 
