@@ -744,15 +744,17 @@ def _fields(frames, H, W, whole):
     pixel: where the content of the cell was in the frame before"""
     v = np.frombuffer(b"".join(frames), VECTORS)
     frame = np.repeat(np.arange(len(frames)), [len(part) // VECTORS.itemsize for part in frames])
-    out = np.zeros((2, len(frames), -(-H // 8) + 1, -(-W // 8) + 1), np.int16)  # blocks reach out
-    x, y = (v["dst_x"] - v["w"] // 2) // 8, (v["dst_y"] - v["h"] // 2) // 8  # a block's first cell
-    motion = np.stack([v["x"], v["y"]]) * 4 // np.maximum(v["scale"], 1)
+    h, w = -(-H // 8) + 1, -(-W // 8) + 1  # blocks may reach out
+    out, high, wide = np.zeros((2, len(frames) * h * w), np.int16), v["h"] > 8, v["w"] > 8
+    x, y = v["dst_x"] - v["w"] // 2, v["dst_y"] - v["h"] // 2
+    cell = (frame * h + (y >> 3)) * w + (x >> 3)  # a block's first one
+    motion = np.stack([v["x"], v["y"]]).astype(np.int16) * np.int16(4 // v["scale"].max(initial=1))
     if whole:
         motion = 4 * np.stack([v["src_x"] - v["dst_x"], v["src_y"] - v["dst_y"]])
-    for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):  # blocks have 8 or 16 pixels a side
-        part = np.flatnonzero((v["h"] > 8 * down) & (v["w"] > 8 * right))
-        out[:, frame[part], y[part] + down, x[part] + right] = motion[:, part]
-    return out
+    out[:, cell] = motion
+    for part, more in ((wide, 1), (high, w), (wide & high, w + 1)):  # 8 or 16 pixels a side
+        out[:, cell[part] + more] = motion[:, part]
+    return out.reshape(2, len(frames), h, w)
 
 
 def modalities(coded, step=4):
