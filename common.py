@@ -421,6 +421,30 @@ def hold_out(data, share, seed=0):
     return dataclasses.replace(data, train=rest), [clip for clip in data.train if clip[0] in held]
 
 
+def few_shot(data, shots, seed=0):
+    """Keep `shots` training clips of each class, drawn by the seed; 0: all. Raises BadInput where a
+    class has fewer."""
+    if not shots:
+        return data
+    rng, kept = np.random.default_rng([seed, 8]), []
+    for k, name in enumerate(data.classes):
+        own = [clip for clip in data.train if clip[1] == k]
+        if 0 < len(own) < shots:
+            raise BadInput(f"--shots {shots}: {name} has {len(own)} training clips")
+        kept += [own[i] for i in rng.permutation(len(own))[:shots]]
+    return dataclasses.replace(data, name=f"{data.name}-shots{shots}", train=kept)
+
+
+def noisy_labels(data, share, seed=0):
+    """Replace that share of the training labels, drawn by the seed, by other classes."""
+    if not share:
+        return data
+    rng, train, K = np.random.default_rng([seed, 9]), list(data.train), len(data.classes)
+    for i in rng.permutation(len(train))[:round(share * len(train))]:
+        train[i] = train[i][0], int(train[i][1] + rng.integers(1, K)) % K
+    return dataclasses.replace(data, name=f"{data.name}-noise{share:g}", train=train)
+
+
 # ---- RGB decoding --------------------------------------------------------------------------------
 
 

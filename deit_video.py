@@ -435,6 +435,8 @@ def parse(argv=None):
     add("--split", type=int, default=1, choices=(1, 2, 3), help="of the data set's lists")
     add("--allow-missing", action="store_true", help="go on without missing clips")
     add("--unseen", type=int, default=0, help="classes held out of training, and tested, too")
+    add("--shots", type=int, default=0, help="training clips of each class; 0: all")
+    add("--label-noise", type=float, default=0., help="share of training labels made wrong")
     add("--frames", type=int, default=8, help="T, frames per clip")
     add("--teacher", default="toy-large", help="NAME[:WEIGHTS] of its backbone; trained first")
     add("--teacher-checkpoint", metavar="FILE", help="a teacher that is trained: an ActionCLIP")
@@ -459,8 +461,10 @@ def parse(argv=None):
     if args.student.startswith("toy-"):
         parser.set_defaults(lr=4e-4)
     args = parser.parse_args(argv)
-    if min(args.epochs, args.batch_size) < 1 or args.workers < 0 or args.seed >> 63:
-        parser.error("--epochs, --batch-size take 1 or more, --seed, --workers 0 or more")
+    if min(args.epochs, args.batch_size) < 1 or args.workers < 0:
+        parser.error("--epochs, --batch-size take 1 or more, --workers 0 or more")
+    if not (0 <= args.seed < 2 ** 63 and args.shots >= 0 and 0 <= args.label_noise <= 1):
+        parser.error("--seed, --shots take 0 or more, --label-noise 0 to 1")
     if not (1 <= args.frames <= 77 and 0 < args.lr < math.inf):
         parser.error("--frames takes 1 to 77, --lr more than 0")
     if not (0 <= args.alpha <= 1 and 0 < args.tau < math.inf and 0 <= args.weight < math.inf):
@@ -491,8 +495,9 @@ def read_targets(data, args):
         raise common.BadInput(
             f"--grid: {path} is missing; make it with: python spatial_kd.py --label-only --data "
             f"{args.data} --split {args.split} --seed {args.seed} --frames {args.frames} --unseen "
-            f"{args.unseen} --out {args.out}{missing}")
-    saved = common.read_saved(path, "tasks")
+            f"{args.unseen} --shots {args.shots} --out {args.out}{missing}")
+    saved = common.read_saved(path, "tasks", "labeller", "vocabulary", "frames")
+    args.targets = [saved[key] for key in ("labeller", "vocabulary", "frames")]  # for run_folder
     return [common.Task(**task) for task in saved["tasks"]]
 
 
@@ -507,11 +512,12 @@ def main(argv=None):
     cache, toys = Path(args.out) / "cache", "toy-diagonals" if args.unseen else "toy"
     data = common.read_data(args.data, args.split, args.allow_missing, cache, toys)
     tests = common.split_unseen(data, args.unseen, args.seed)
-    data, tasks = tests[""], []
+    data, tasks = common.few_shot(tests[""], args.shots, args.seed), []
     arms = {"teacher": TEACHER, **{name: ARMS[name] for name in args.arms}}
     if args.grid:
         tasks = read_targets(data, args)
         arms = {k: arm._replace(loss=arm.loss and args.grid) for k, arm in GRID.items()}
+    data = tests[""] = common.noisy_labels(data, args.label_noise, args.seed)
     students = {name: build(name, arm, tasks, args, cache) for name, arm in arms.items()}
     flips = all(all(common.mirrors(task.labels)) for task in tasks)
     mirror = [may and flips for may in common.mirrors(data.classes)]  # the same in every arm

@@ -492,6 +492,8 @@ def parse(argv=None):
     add("--data", default="toy", help="toy, or a folder; the README lists the formats")
     add("--split", type=int, default=1, choices=(1, 2, 3), help="of the data set's lists")
     add("--allow-missing", action="store_true", help="go on without missing clips")
+    add("--shots", type=int, default=0, help="training clips of each class; 0: all")
+    add("--label-noise", type=float, default=0., help="share of training labels made wrong")
     add("--reencode", action="store_true", help="use copies in CoViAR's form, made in OUT/cache")
     add("--segments", type=int, default=3, help="S, frames per clip")
     add("--size", type=int, default=224, help="pixels; 32 for toy clips")
@@ -525,8 +527,10 @@ def parse(argv=None):
     args.copies = copies if args.reencode else None
     if min(args.segments, args.epochs, args.exit_epochs, args.crops, args.batch_size) < 1:
         parser.error("--segments, --epochs, --exit-epochs, --crops, --batch-size take 1 or more")
-    if args.workers < 0 or args.seed >> 63 or args.size < 32 or not 0 <= args.holdout < 1:
-        parser.error("--seed, --workers take 0 or more, --size 32 or more, --holdout 0 to 1")
+    if args.workers < 0 or args.size < 32 or not 0 <= args.holdout < 1:
+        parser.error("--workers takes 0 or more, --size 32 or more, --holdout 0 to 1")
+    if not (0 <= args.seed < 2 ** 63 and args.shots >= 0 and 0 <= args.label_noise <= 1):
+        parser.error("--seed, --shots take 0 or more, --label-noise 0 to 1")
     if not (0 < args.lr < math.inf and 0 < args.tau < math.inf and args.cache_gb >= 0):
         parser.error("--lr and --tau take more than 0, --cache-gb 0 or more")
     if args.batch_size * args.segments < 2:
@@ -561,6 +565,8 @@ def main(argv=None):
     flags, mirror = {"clips": data.digest(), **vars(args)}, common.mirrors(data.classes)
     about = {"classes": data.classes, "data": data.name}  # for wise_infer.py, beside the flags
     data, held = common.hold_out(data, args.holdout, args.seed)
+    data = common.few_shot(data, args.shots, args.seed)
+    data = common.noisy_labels(data, args.label_noise, args.seed)
     torch.manual_seed(args.seed)
     streams = Streams(args.networks, len(data.classes), args.imagenet).to(DEVICE)
     exits = Exits(streams, args.order, len(data.classes), args.seed).to(DEVICE)

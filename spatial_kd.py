@@ -508,6 +508,8 @@ def parse(argv=None):
     add("--split", type=int, default=1, choices=(1, 2, 3), help="of the data set's lists")
     add("--allow-missing", action="store_true", help="go on without missing clips")
     add("--unseen", type=int, default=0, help="classes held out of training, and tested, too")
+    add("--shots", type=int, default=0, help="training clips of each class; 0: all")
+    add("--label-noise", type=float, default=0., help="share of training labels made wrong")
     add("--frames", type=int, default=8, help="T, frames per clip")
     add("--labeller", default="toy-fine", help="NAME[:WEIGHTS] of the frozen image CLIP")
     add("--lambda", type=float, default=.5, dest="weight", help="of eq. (5)")
@@ -529,8 +531,10 @@ def parse(argv=None):
     if args.student.startswith("toy-"):
         parser.set_defaults(lr=4e-4)
     args = parser.parse_args(argv)
-    if min(args.epochs, args.batch_size) < 1 or args.workers < 0 or args.seed >> 63:
-        parser.error("--epochs, --batch-size take 1 or more, --seed, --workers 0 or more")
+    if min(args.epochs, args.batch_size) < 1 or args.workers < 0:
+        parser.error("--epochs, --batch-size take 1 or more, --workers 0 or more")
+    if not (0 <= args.seed < 2 ** 63 and args.shots >= 0 and 0 <= args.label_noise <= 1):
+        parser.error("--seed, --shots take 0 or more, --label-noise 0 to 1")
     if not (1 <= args.frames <= 77 and 0 < args.lr < math.inf and 0 <= args.weight < math.inf):
         parser.error("--frames takes 1 to 77, --lr more than 0, --lambda 0 or more (the arm "
                      "`adversarial` reverses it)")
@@ -548,23 +552,25 @@ def main(argv=None):
     cache, toys = Path(args.out) / "cache", "toy-diagonals" if args.unseen else "toy"
     data = common.read_data(args.data, args.split, args.allow_missing, cache, toys)
     tests = common.split_unseen(data, args.unseen, args.seed)
-    data, truths = tests[""], [read_truth(path) for path, _ in tests[""].train]
+    data = common.few_shot(tests[""], args.shots, args.seed)
+    truths = [read_truth(path) for path, _ in data.train]
     drawn = any("scene" in truth for truth in truths)  # they are toy clips
     if drawn and args.split == 1:
         swapped = common.read_data(args.data, 2, args.allow_missing, cache, toys)
         tests["_swapped"] = common.split_unseen(swapped, args.unseen, args.seed)[""]
     if args.describe:
         return describe(args, data.name)
-    run = run_folder("spatial_kd", data, args)
     if RANK == 0:
         print(f"{data}; {WORLD} process(es), {MACHINE}", flush=True)
     if args.labeller.startswith("toy-") and not drawn:
         print(f"{args.labeller} knows toys: its labels of {data.name} are noise", file=sys.stderr)
     vocabulary = toy_vocabulary() if drawn else VOCABULARY
     tasks = find_targets(vocabulary, data, args)
+    data = tests[""] = common.noisy_labels(data, args.label_noise, args.seed)
     labels = look_at_labels(tasks, truths) if RANK == 0 else []
     if args.label_only:
         return {}
+    run = run_folder("spatial_kd", data, args)
 
     flips = all(all(common.mirrors(task.labels)) for task in vocabulary)
     mirror = [may and flips for may in common.mirrors(data.classes)]  # the same in every arm

@@ -385,6 +385,8 @@ def parse(argv=None):
     add("--split", type=int, default=1, choices=(1, 2, 3), help="of the data set's lists")
     add("--allow-missing", action="store_true", help="go on without missing clips")
     add("--unseen", type=int, default=0, help="classes held out of training, and tested, too")
+    add("--shots", type=int, default=0, help="training clips of each class; 0: all")
+    add("--label-noise", type=float, default=0., help="share of training labels made wrong")
     add("--frames", type=int, default=8, help="T, frames per clip; a checkpoint has its own")
     add("--sampling", choices=("tsn", "dense"), default="tsn", help="of frames")
     add("--views", type=int, default=1, help="windows of a test clip, with dense")
@@ -414,10 +416,12 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     labels = [word.strip() for word in args.labels.split(",")]
     args.labels = [word for word in dict.fromkeys(labels) if word]
-    if min(args.views, args.epochs, args.batch_size) < 1 or args.workers < 0 or args.seed >> 63:
-        parser.error("--views, --epochs, --batch-size take 1 or more, --seed, --workers 0 or more")
+    if min(args.views, args.epochs, args.batch_size) < 1 or args.workers < 0:
+        parser.error("--views, --epochs, --batch-size take 1 or more, --workers 0 or more")
     if not (1 <= args.frames <= 77 and 0 < args.lr < math.inf and args.fusion_layers >= 0):
         parser.error("--frames takes 1 to 77, --lr more than 0, --fusion-layers 0 or more")
+    if not (0 <= args.seed < 2 ** 63 and args.shots >= 0 and 0 <= args.label_noise <= 1):
+        parser.error("--seed, --shots take 0 or more, --label-noise 0 to 1")
     if not 0 < args.fps < math.inf or (args.watch and len(args.labels) < 2):
         parser.error('--fps takes more than 0, --watch --labels: --labels "waving, running"')
     return args
@@ -436,7 +440,9 @@ def main(argv=None):
     cache, toys = Path(args.out) / "cache", "toy-diagonals" if args.unseen else "toy"
     data = common.read_data(args.data, args.split, args.allow_missing, cache, toys)
     tests = common.split_unseen(data, args.unseen, args.seed)
-    data, arms, models = tests[""], {"large": args.large, "small": args.small}, {}
+    data = common.few_shot(tests[""], args.shots, args.seed)
+    data = tests[""] = common.noisy_labels(data, args.label_noise, args.seed)
+    arms, models = {"large": args.large, "small": args.small}, {}
     if args.recover == "affinity":
         arms["small+affinity"] = args.small
     if args.checkpoint:

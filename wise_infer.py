@@ -20,7 +20,7 @@ Exits e = 0..E-1 in --exit-order, logits z_e (N, K) of N clips, labels y, K clas
                        the class of the largest u_j
   (4) expected_cost    mean over clips of the cost up to the exit they leave at
 W and theta come from clips that no network or exit was trained on (--holdout of pkd_compressed.py);
-theta is the cheapest that loses at most --max-loss points on them. Solver: L-BFGS to the optimum.
+theta is the cheapest that loses at most --max-loss points on them. Solver: Newton's method.
 
   python wise_infer.py                         after python pkd_compressed.py; 1 minute on 2 CPUs
   python wise_infer.py --exit-order r mv i --theta 0.9
