@@ -1056,6 +1056,40 @@ def contact_sheet(clips, lines, frames, path):
             part.write_bytes(bytes(torchvision.io.encode_png(torch.cat(rows, 1)).numpy()))
 
 
+def plot(panels, x_label, y_label, path):
+    """Write a picture of curves. panels: {title: {name: [(x, y), ...]}}, one below the other, all
+    on the same axes; a point alone is a dot."""
+    curves = itertools.chain(*[panel.values() for panel in panels.values()])
+    points = np.array(list(itertools.chain(*curves)), float)                    # (n, 2)
+    low, high = points.min(0), points.max(0)
+    high += (high == low) * np.maximum(abs(high), 1)
+    colours = ["red", "blue", "green", "darkorange", "purple", "deeppink", "brown", "gray"]
+    tiles = []
+    for title, panel in panels.items():
+        tile = torch.full((3, 300, 480), 255, dtype=torch.uint8)
+        texts = [(40, 10, title, "black"), (40, 280, x_label, "black"), (2, 0, y_label, "black")]
+        for share in (0, .25, .5, .75, 1):
+            x, y = low + share * (high - low)
+            texts.append((40 + 290 * share, 265, f"{x:.3g}", "black"))
+            texts.append((2, 255 - 225 * share, f"{y:.3g}", "black"))
+        for n, (name, curve) in enumerate(panel.items()):
+            at = (np.array(curve, float) - low) / (high - low)                  # (n, 2), 0..1
+            at = np.array([40, 262]) + at * np.array([290, -225])               # in pixels
+            steps = np.linspace(0, len(at) - 1, 999)
+            line = np.stack([np.interp(steps, range(len(at)), side) for side in at.T], 1)
+            for dots, radius in ((line, 1), (at, 3 if len(at) < 20 else 1)):
+                dots, colour = torch.from_numpy(dots)[None], colours[n % len(colours)]
+                tile = torchvision.utils.draw_keypoints(tile, dots, colors=colour, radius=radius)
+            texts.append((345, 30 + 14 * n, name, colour))
+        boxes = [[40, 35, 332, 264]] + [[x, y, x + 1, y + 1] for x, y, _, _ in texts]
+        _, _, words, colour = zip(*texts, strict=True)
+        tiles.append(torchvision.utils.draw_bounding_boxes(
+            tile, torch.tensor(boxes), ["", *words], ["black", *colour]))
+    picture = torch.cat(tiles, 1).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    with renamed(path) as part:
+        part.write_bytes(bytes(torchvision.io.encode_png(picture).numpy()))
+
+
 # ---- CLIP and ActionCLIP builders ----------------------------------------------------------------
 
 
