@@ -19,8 +19,7 @@ networks (exit 4); each the mean over a clip's S segments (the consensus).
   (3) teacher_at          t over the steps of a run:  progressive  mv 1/6, r 1/6, third 4/6
                           anti, the reverse  third 4/6, r 1/6, mv 1/6;    iframe  i all the time
                           third: the network that the exits sit on (self), or i
-Exits share no weight and the networks are frozen: each exit gets its own gradient alone. Test clips
-get the class of the largest z_k.
+Exits share no weight, networks are frozen: each exit learns alone. Class: the largest z_k.
 Schedule: AdamW, lr 1e-3 (toys 3e-3), weight decay .01; linear warm-up in the first tenth of the
 steps, cosine to 0; networks 120 epochs (toys 24), then exits 60 (toys 24); batch 32.
 
@@ -254,6 +253,8 @@ def train_streams(streams, data, mirror, args, flags, run, log):
             sum(losses).backward()
             for net in streams.nets.values():
                 nn.utils.clip_grad_norm_(net.parameters(), 1.)
+            if args.degrade and epoch > 0:
+                streams.nets[args.degrade].zero_grad()  # None: AdamW skips it
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -382,20 +383,18 @@ def milliseconds(function):
 
 @torch.no_grad()
 def costs(streams, exits, args):
-    """What a clip costs up to each exit, with the exits before it -> {stream: [(GMAC, ms) x 4]}"""
+    """-> {stream: [(GMAC, ms) of a clip up to each exit, all before it included]}"""
     nets, heads, found = streams.eval().nets, exits.heads[args.order[0]], {}
 
     def run(stream, x, k):
         z = common.exit_logits(nets[stream], heads[stream], x)
         return [z_k.cpu() for z_k in itertools.islice(z, k)]
-
     for stream, k in itertools.product(STREAMS, (1, 2, 3, 4)):
         size = 1, args.segments, 2 if stream == "mv" else 3, args.size, args.size
         part = functools.partial(run, stream, torch.rand(size, device=DEVICE), k)
         with FlopCounterMode(display=False) as counter:
             part()
-        cost = counter.get_total_flops() / 2e9, milliseconds(part)
-        found.setdefault(stream, []).append(cost)
+        found.setdefault(stream, []).append((counter.get_total_flops() / 2e9, milliseconds(part)))
     return found
 
 
@@ -497,13 +496,14 @@ def parse(argv=None):
     add("--reencode", action="store_true", help="use copies in CoViAR's form, made in OUT/cache")
     add("--segments", type=int, default=3, help="S, frames per clip")
     add("--size", type=int, default=224, help="pixels; 32 for toy clips")
-    add("--holdout", type=float, default=.2, help="share of training clips kept for wise_infer.py")
+    add("--holdout", type=float, default=.2, help="share of training clips for wise_infer.py")
     add("--networks", nargs=3, metavar=("MV", "R", "I"), default=["resnet18", "resnet18",
         "resnet50"], help="ResNets of torchvision (the paper's) or toy; toy for toy clips")
     add("--imagenet", action="store_true", help="start from torchvision's ImageNet weights")
     add("--order", nargs="+", choices=[*ORDERS, "all"], default=["ce", "progressive"], help="eq. 3")
     add("--third-teacher", choices=("self", "i"), default="self", help="of eq. (3)")
     add("--tau", type=float, default=1., help="temperature of eq. (2)")
+    add("--degrade", choices=STREAMS, help="this network stops learning after one epoch")
     add("--flatness", action="store_true", help="measure how flat the three minima are")
     add("--epochs", type=int, default=120, help="of the networks; 24 for toy clips")
     add("--exit-epochs", type=int, default=60, help="of the exits; 24 for toy clips")

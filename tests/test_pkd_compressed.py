@@ -360,6 +360,32 @@ def test_two_processes_follow_one(base, coded, tmp_path, run_script):
         assert own == pytest.approx(row, rel=.2)
 
 
+def test_a_degraded_network_stops_after_one_epoch(coded, tmp_path, monkeypatch):
+    """Its weights, not its BatchNorm; and after --resume, too"""
+    weights, real = [], pkd_compressed.keep
+
+    def spy(row, rows, epochs, path, flags, about, parts):
+        if row["stage"] == "streams":
+            nets = parts["streams"].nets
+            weights.append({s: nn.utils.parameters_to_vector(nets[s].parameters()).detach().clone()
+                            for s in STREAMS})
+            if len(rows) == 1 and len(weights) == 2:
+                real(row, rows, epochs, path, flags, about, parts)
+                raise KeyboardInterrupt
+        real(row, rows, epochs, path, flags, about, parts)
+
+    monkeypatch.setattr(pkd_compressed, "keep", spy)
+    flags = ("--data", coded, *FAST, "--epochs", 3, "--order", "ce", "--degrade", "r", "--out",
+             tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        go(*flags)
+    go(*flags, "--resume")
+    assert len(weights) == 3
+    for stream in STREAMS:
+        for after in weights[1:]:
+            assert torch.equal(weights[0][stream], after[stream]) == (stream == "r")
+
+
 # ---- clips that need another form, and mistakes
 
 
