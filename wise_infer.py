@@ -2,48 +2,43 @@
 
 Soufleri, Ravikumar, Roy: "Advancing Compressed Video Action Recognition through Progressive
 Knowledge Distillation", arXiv 2407.02713: inference, on a checkpoint of pkd_compressed.py. WISE,
-weighted inference with scaled ensemble, is not WiSE-FT, which averages the weights of two CLIPs:
-here logits are added, and all that is learned is a number per exit.
+weighted inference with scaled ensemble, adds logits; WiSE-FT averages the weights of two CLIPs.
 
-Networks on motion vectors, residuals and I-frames have four exits each. A clip runs through them
-from cheap to expensive; at exit j the logits of all exits so far are added with weights w_j,
-learned for that j. Once the class is sure enough, the clip leaves: the rest does not run, and
-pictures that only the rest would need are not decoded. Much of what such an ensemble gains may be
-plain late fusion, so baselines with fixed weights stand beside it: each exit alone, the mean of all
-exits so far, the mean of the finished networks.
+A clip runs through four exits each of networks on motion vectors, residuals, I-frames. At exit j
+the logits so far are added with weights w_j. Once the class is sure enough, the clip leaves: the
+rest neither runs nor is decoded. Beside it, fixed weights: each exit alone, the mean of all exits
+so far (uniform), the mean of the finished networks (late fusion).
 
 Exits e = 0..E-1 in --exit-order, logits z_e (N, K) of N clips, labels y, K classes:
   (1) weighted_logits  u_j = sum_{e <= j} W_je z_e;    W (E, E), lower-triangular
-  (2) wise_loss        W_j = argmin_w  1/N sum_n CE(u_j, y) + l1 sum_e |w_e|, convex, for each j
-                       (|w| = sqrt(w^2 + 1e-8) - 1e-4, so that it has a gradient at 0)
-  (3) leave_at         first j with max_c softmax(u_j)_c > theta; the last otherwise; the clip gets
-                       the class of the largest u_j
+  (2) wise_loss        W_j = argmin_w  1/N sum_n CE(u_j, y) + l1 sum_e |w_e - v_je|, for each j
+                       --prior paper: v_j = 0; fusion: v_j = late fusion's weights at exit j,
+                       the mean of the networks finished by then; before the first, exit j alone
+                       (|d| = sqrt(d^2 + 1e-8) - 1e-4, so that it has a gradient at 0)
+  (3) leave_at         first j with max_c softmax(u_j)_c > theta, else the last; class: max u_j
   (4) expected_cost    mean over clips of the cost up to the exit they leave at
-W and theta come from clips that no network or exit was trained on (--holdout of pkd_compressed.py);
-theta is the cheapest that loses at most --max-loss points on them. Solver: Newton's method.
+W (by Newton's method), theta, prior and l1 come from clips that nothing was trained on (--holdout),
+all but W by u of clips left out of the fit of W (5 folds): prior and l1 by cross entropy, such that
+few clips give late fusion; theta is the cheapest that loses at most --max-loss points.
 
   python wise_infer.py                         after python pkd_compressed.py; 1 minute on 2 CPUs
-  python wise_infer.py --exit-order r mv i --theta 0.9
+  python wise_infer.py --prior paper --l1 0.001 --exit-order r mv i --theta 0.9
   python wise_infer.py --sweep                 segments x points lost, the Pareto front marked
   python wise_infer.py --video clip.mp4        label, confidence, exit and milliseconds of a file
 
 The plain command printed (2 cores of an x86_64 CPU, torch 2.15.0):
 RESULT wise_infer data=toy split=1 seed=0 last=0.9125 last_gmac=0.0048 fusion=0.9792
-  fusion_gmac=0.0137 wise=0.9875 wise_gmac=0.0182 early=0.9708 early_gmac=0.0115 seconds=10
+  fusion_gmac=0.0137 wise=0.9875 wise_gmac=0.0182 early=0.9792 early_gmac=0.0128 seconds=14
 
-Differs from the paper (its abstract) and its code: W and theta come from held-out clips; the code
-fits on training logits, by 500 steps of SGD from ones, l1 0 up to exit 5 and .1 from 6 on, and read
-its thetas off the test list. The last row is learned as the others; the code's is hand-written.
-Cheapest stream first; --exit-order r mv i is the code's. Some of the code's variants divide u_j by
-j + 1: same class, other confidence.
+Differs from the paper (its abstract) and its code: the code fits on training logits, by 500 steps
+of SGD from ones, l1 0 up to exit 5 and .1 from 6 on, the last row by hand, thetas read off the test
+list, order r mv i; some variants divide u_j by j + 1. Late fusion as the prior is ours.
 """
 import argparse
 import contextlib
 import functools
 import itertools
 import json
-import math
-import os
 import platform
 import sys
 import tempfile
@@ -56,8 +51,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.autograd.functional import hessian, jacobian
+from torch.autograd.functional import jacobian
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -76,16 +70,16 @@ def weighted_logits(logits, weights):
     return torch.einsum("je,enk->jnk", weights, logits)                         # (J, N, K)     (1)
 
 
-def wise_loss(w, logits, labels, l1):
-    """Eq. (2), what fit_wise minimises. w (j+1,), logits (j+1, N, K), labels (N,) -> scalar"""
+def wise_loss(w, v, logits, labels, l1):
+    """Eq. (2), what fit_wise minimises. w, v (j+1,), logits (j+1, N, K), labels (N,) -> scalar"""
     u = weighted_logits(logits, w[None])[0]                                     # (N, K)        (1)
-    size = ((w ** 2 + 1e-8).sqrt() - 1e-4).sum()                                # ()
-    return F.cross_entropy(u, labels) + l1 * size                               # ()            (2)
+    away = (((w - v) ** 2 + 1e-8).sqrt() - 1e-4).sum()                          # ()
+    return F.cross_entropy(u, labels) + l1 * away                               # ()            (2)
 
 
-def leave_at(logits, weights, theta):
-    """Eq. (3). logits (E, N, K), weights (E, E) -> exit that each clip leaves at, (N,)"""
-    sure = weighted_logits(logits, weights).softmax(-1).amax(-1) > theta        # (E, N)
+def leave_at(u, theta):
+    """Eq. (3). u (E, N, K) -> exit that each clip leaves at, (N,)"""
+    sure = u.softmax(-1).amax(-1) > theta                                       # (E, N)
     sure[-1] = True
     return sure.int().argmax(0)                                                 # (N,)          (3)
 
@@ -98,17 +92,18 @@ def expected_cost(left, costs):
 # ---- the rest is plumbing ------------------------------------------------------------------------
 
 
-def fit_wise(logits, labels, l1):
-    """Minimise eq. (2), which is convex, for each exit by Newton's method from the mean; a step is
-    halved until it descends. logits (E, N, K), labels (N,) -> W (E, E), row j for exits 0..j"""
-    E, logits = len(logits), logits.double()
-    W = torch.zeros(E, E).double()
-    for j in range(E):
-        loss = functools.partial(wise_loss, logits=logits[:j + 1], labels=labels, l1=l1)
-        w = torch.full((j + 1,), 1 / (j + 1)).double()
+def fit_wise(logits, labels, prior, l1, start):
+    """Newton's method on eq. (2) for each exit, from `start`; steps halve until they descend"""
+    W = torch.zeros_like(prior)
+    for j in range(len(logits)):
+        z, v, w = logits[:j + 1], prior[j, :j + 1], start[j, :j + 1]
+        loss = functools.partial(wise_loss, v=v, logits=z, labels=labels, l1=l1)
         for _ in range(200):
-            slope, H = jacobian(loss, w), hessian(loss, w)                      # (j+1,), (j+1, j+1)
-            step = torch.linalg.solve(H + 1e-12 * torch.eye(j + 1), slope)      # (j+1,)
+            p = weighted_logits(z, w[None])[0].softmax(-1)
+            d = (p.sqrt() * (z - (z * p).sum(-1, keepdim=True))).flatten(1)     # (j+1, N*K)
+            bend = 1e-12 + l1 * 1e-8 / ((w - v) ** 2 + 1e-8) ** 1.5
+            hessian, slope = d @ d.T / len(labels) + bend.diag(), jacobian(loss, w)
+            step = torch.linalg.solve(hessian, slope)
             while loss(w - step) > loss(w) and step.abs().max() > 1e-12:
                 step = step / 2
             w = w - step
@@ -116,6 +111,39 @@ def fit_wise(logits, labels, l1):
                 break
         W[j, :j + 1] = w
     return W
+
+
+def cross_fit(logits, labels, prior, l1, seed):
+    """-> W (E, E), fitted to all clips; u (E, N, K), each clip's by weights fitted without its
+    fold, one of five drawn by the seed, each class spread over them"""
+    order = torch.from_numpy(np.random.default_rng([seed, 10]).permutation(len(labels)))
+    fold, u = torch.empty_like(order), torch.empty_like(logits)
+    fold[order[labels[order].argsort(stable=True)]] = torch.arange(len(order)) % 5
+    W = fit_wise(logits, labels, prior, l1, prior)
+    for n in fold.unique():
+        out = fold == n
+        own = fit_wise(logits[:, ~out], labels[~out], prior, l1, W)  # W is near: a few steps
+        u[:, out] = weighted_logits(logits[:, out], own)
+    return W, u
+
+
+def choose_weights(logits, labels, exits, args):
+    """Prior and l1 by the one-standard-error rule: the first pair, from late fusion on, whose cross
+    entropy on clips left out, mean over exits, is within a standard error of the least; l1 >= 1/N:
+    a prior counts as one clip or more. -> W, u of cross_fit; prior and l1 in words"""
+    fusion, found = baselines(exits)["fusion"], []
+    priors = {"fusion": fusion, "paper": torch.zeros_like(fusion)}
+    names = priors if args.prior == "auto" else [args.prior]
+    grid = [l1 for l1 in (1., .1, .01, .001) if l1 * len(labels) >= 1]
+    for l1, name in itertools.product(grid if args.l1 is None else [args.l1], names):
+        W, u = cross_fit(logits, labels, priors[name], l1, args.seed)
+        ce = (u.logsumexp(-1) - u[:, range(len(labels)), labels]).mean(0)
+        found.append((W, u, f"{name}, l1 {l1:g}", ce))
+    least = min([ce for *_, ce in found], key=torch.mean)
+    for W, u, pair, ce in found:
+        above = ce - least
+        if above.mean() <= above.std() / len(labels) ** .5:
+            return W, u, pair
 
 
 def baselines(exits):
@@ -133,9 +161,9 @@ class Cascade:
     def __init__(self, saved, order, exit_order, segments):
         flags, self.classes, self.streams = saved["flags"], saved["classes"], exit_order
         self.size, self.copies = flags["size"], flags["copies"]
-        self.segments = {stream: segments.get(stream, flags["segments"]) for stream in STREAMS}
+        self.segments = dict(zip(STREAMS, segments or [flags["segments"]] * 3, strict=True))
         self.exits = list(itertools.product(exit_order, (1, 2, 3, 4)))
-        self.nets, self.heads = nn.ModuleDict(), nn.ModuleDict()
+        self.nets, self.heads = torch.nn.ModuleDict(), torch.nn.ModuleDict()
         for stream, name in zip(STREAMS, flags["networks"], strict=True):
             self.nets[stream] = common.ExitNet(stream, name, len(self.classes))
             self.heads[stream] = common.exit_heads(self.nets[stream], len(self.classes))
@@ -146,12 +174,11 @@ class Cascade:
             part.to(DEVICE).eval().requires_grad_(False)
 
     def look(self, path, copies=None):
-        """-> function: stream -> what its network sees of a clip, or of its copy in the folder
-        `copies`. Decoded when first asked for, and only motion until r or i needs the pictures."""
+        """-> function: stream, S -> what its network sees of S segments of a clip, or of its copy
+        in `copies`. Decoded when asked for; motion alone until r or i needs pictures."""
         held = {}
 
-        def view(stream):
-            S = self.segments[stream]
+        def view(stream, S):
             if stream not in held.get(S, ()):
                 file = common.coded_copy(path, copies) if copies else path
                 found = common.p_frames(file)
@@ -162,121 +189,115 @@ class Cascade:
         return view
 
     @torch.no_grad()
-    def run(self, look, weights=None, theta=2.):
-        """One clip through the exits, each run, and its input decoded, when it is its turn; with
-        weights it stops where eq. (3) says. -> logits of the exits that ran, (j+1, K), and the
-        probabilities there, (K,)"""
-        z, p = [], None
+    def run(self, look, weights, theta):
+        """One clip through the exits until eq. (3) stops it -> logits (j+1, K), softmax (K,)"""
+        z = []
         for stream in self.streams:
-            for z_j in common.exit_logits(self.nets[stream], self.heads[stream], look(stream)):
-                z.append(z_j.double().cpu())                                    # (1, K)
-                if weights is not None:
-                    row = weights[len(z) - 1:len(z), :len(z)]                   # (1, j+1)
-                    p = weighted_logits(torch.stack(z), row)[0, 0].softmax(-1)  # (K,)
-                    if p.max() > theta:                                         # as in (3)
-                        return torch.cat(z), p
+            x = look(stream, self.segments[stream])
+            for z_j in common.exit_logits(self.nets[stream], self.heads[stream], x):
+                z.append(z_j.double().cpu())
+                row = weights[len(z) - 1:len(z), :len(z)]                       # (1, j+1)
+                p = weighted_logits(torch.stack(z), row)[0, 0].softmax(-1)      # (K,)
+                if p.max() > theta:                                             # as in (3)
+                    return torch.cat(z), p
         return torch.cat(z), p
 
-    def logits(self, clips, bad):
-        """-> logits (E, N, K) of clips [(path, label)], one by one as in use, and labels (N,); a
-        clip that cannot be decoded goes into `bad`; its label is -1, so it is wrong at any exit."""
-        z = torch.zeros(len(self.exits), len(clips), len(self.classes)).double()
+    @torch.no_grad()
+    def logits(self, clips, bad, pairs):
+        """-> {(stream, S): logits (4, N, K)} of these pairs, for clips [(path, label)], one by one
+        as in use, decoded once per S; labels (N,), -1: cannot be decoded, so wrong at any exit"""
+        z = {pair: torch.zeros(4, len(clips), len(self.classes)).double() for pair in pairs}
         labels = torch.tensor([label for _, label in clips])
         for n, (path, _) in enumerate(tqdm(clips, "logits", leave=False, disable=None)):
+            look = self.look(path, self.copies)
             try:
-                z[:, n] = self.run(self.look(path, self.copies))[0]
+                for stream, S in sorted(pairs):  # i first: its pictures serve all streams
+                    z_n = common.exit_logits(self.nets[stream], self.heads[stream], look(stream, S))
+                    z[stream, S][:, n] = torch.cat(list(z_n))
             except common.BadVideo as error:
-                if path not in bad:
-                    print(f"cannot decode {path}: {error.reason}", file=sys.stderr)
+                print(f"cannot decode {path}: {error.reason}", file=sys.stderr)
                 bad[path], labels[n] = error.reason, -1
         lost = (labels < 0).sum().item()
-        if not z.isfinite().all():
-            raise common.BadInput("logits of the checkpoint are not finite")
         if lost == len(clips) or lost > max(10, .01 * len(clips)):
-            raise common.BadInput(f"{lost} of {len(clips)} clips cannot be decoded, the last one "
-                                  f"{list(bad)[-1]}; mend them or take them off the list")
+            raise common.BadInput(f"{lost} of {len(clips)} clips cannot be decoded, last {path}")
         return z, labels
 
+    def join(self, z, segments):
+        """What logits() found, in the order of the exits -> (E, N, K)"""
+        return torch.cat([z[stream, segments[stream]] for stream in self.streams])
+
     @torch.no_grad()
-    def costs(self):
-        """-> GMAC of a clip up to each exit, with every exit before it, (E,); of each whole network
-        without exits, {stream: GMAC}"""
-        costs, whole, before = [], {}, 0.
-        for stream, net in [(stream, self.nets[stream]) for stream in self.streams]:
-            size = 1, self.segments[stream], 2 if stream == "mv" else 3, self.size, self.size
-            x = torch.rand(size, device=DEVICE)
+    def costs(self, segments):
+        """-> GMAC of a clip up to each exit, (E,); of the whole networks, {stream: GMAC}"""
+        costs, whole, x = [], {}, {}
+        for stream in self.streams:
+            size = 1, segments[stream], 2 if stream == "mv" else 3, self.size, self.size
+            x[stream] = torch.rand(size, device=DEVICE)
             with FlopCounterMode(display=False) as counter:
-                net(x)
+                self.nets[stream](x[stream])
             whole[stream] = counter.get_total_flops() / 2e9
-            with FlopCounterMode(display=False) as counter:
-                for _ in common.exit_logits(net, self.heads[stream], x):
-                    costs.append(before + counter.get_total_flops() / 2e9)
-            before = costs[-1]
+        with FlopCounterMode(display=False) as counter:
+            for stream in self.streams:
+                for _ in common.exit_logits(self.nets[stream], self.heads[stream], x[stream]):
+                    costs.append(counter.get_total_flops() / 2e9)
         return torch.tensor(costs, dtype=torch.float64), whole
 
 
-def operate(logits, labels, weights, theta, costs):
-    """What eq. (3) does with these clips -> {theta, top1, GMAC: mean of those that can be decoded,
-    leave: share at each exit}, classes said (N,), exits (N,)"""
-    left, read = leave_at(logits, weights, theta), labels >= 0
-    said = weighted_logits(logits, weights).argmax(-1)[left, torch.arange(len(left))]
+def operate(u, labels, theta, costs):
+    """Eq. (3) on these clips -> {theta, top1, GMAC, leave: share at each exit}, classes, exits"""
+    left, read = leave_at(u, theta), labels >= 0
+    said = u.argmax(-1)[left, range(len(left))]
     shares = torch.bincount(left[read], minlength=len(costs)) / read.sum()
     return {"theta": float(theta), "top1": (said == labels).double().mean().item(),
             "GMAC": expected_cost(left[read], costs).item(), "leave": shares.tolist()}, said, left
 
 
-def operating_points(logits, labels, weights, costs, most=200):
+def operating_points(u, labels, costs, most=200):
     """operate() at thresholds from 0 to 2, where something changes: confidences of these clips"""
-    sure = weighted_logits(logits, weights).softmax(-1).amax(-1).flatten().sort().values
+    sure = u.softmax(-1).amax(-1).flatten().sort().values
     some = sure[torch.linspace(0, len(sure) - 1, most).long()].unique().tolist()
-    return [operate(logits, labels, weights, theta, costs)[0] for theta in [0., *some, 2.]]
+    return [operate(u, labels, theta, costs)[0] for theta in [0., *some, 2.]]
 
 
-def choose_theta(logits, labels, weights, costs, max_loss):
-    """The theta of least cost that loses at most max_loss points of the top-1 without early exit"""
-    points = operating_points(logits, labels, weights, costs)
+def choose_theta(u, labels, costs, max_loss):
+    """The cheapest theta that loses at most max_loss points of the top-1 without early exit"""
+    points = operating_points(u, labels, costs)
     least = points[-1]["top1"] - max_loss / 100 - 1e-9
     good = [point for point in points if point["top1"] >= least]
     return min(good, key=lambda point: (point["GMAC"], -point["theta"]))["theta"]
 
 
-def theta_of_cost(logits, labels, weights, costs, gmac):
-    """The theta whose mean cost comes nearest to gmac without exceeding it"""
-    points = operating_points(logits, labels, weights, costs)
+def theta_of_cost(u, labels, costs, gmac):
+    """The theta of the highest mean cost up to gmac"""
+    points = operating_points(u, labels, costs)
     good = [point for point in points if point["GMAC"] <= gmac + 1e-9] or points[:1]
     return max(good, key=lambda point: (point["GMAC"], point["top1"]))["theta"]
 
 
 def run_for_real(cascade, clips, weights, theta):
-    """Eq. (3) as deployed: clip by clip, decoding what is needed. -> classes said (-1: cannot be
-    decoded), mean ms a clip with decoding"""
-    said, ms = [], []
-    for path, _ in tqdm(clips, "early exit", leave=False, disable=None):
+    """Eq. (3) as deployed, decoding what is needed -> classes (N,), -1: cannot be; ms a clip"""
+    said, ms = torch.full((len(clips),), -1), []
+    for n, (path, _) in enumerate(tqdm(clips, "early exit", leave=False, disable=None)):
         start = time.perf_counter()
-        try:
+        with contextlib.suppress(common.BadVideo):
             p = cascade.run(cascade.look(path, cascade.copies), weights, theta)[1]
-            said.append(p.argmax().item())
+            said[n] = p.argmax()
             ms.append((time.perf_counter() - start) * 1e3)
-        except common.BadVideo:
-            said.append(-1)
     return said, float(np.mean(ms))
 
 
-def sweep(saved, order, args, held, test, bad):
-    """Segments of each stream, 1 or as in training, times points that may be lost -> rows, the
-    Pareto front of the test clips marked"""
-    counts, rows, best = {1, saved["flags"]["segments"]}, [], -1.
+def sweep(cascade, counts, held, labels, test, y_test, args):
+    """Segments x points that may be lost -> rows, the Pareto front of the test clips marked"""
+    rows, best = [], -1.
     for each in itertools.product(sorted(counts), repeat=3):
         segments = dict(zip(STREAMS, each, strict=True))
-        cascade = Cascade(saved, order, args.exit_order, segments)
-        z, labels = cascade.logits(held, bad)
-        z, labels, (costs, _) = z[:, labels >= 0], labels[labels >= 0], cascade.costs()
-        W, (z_test, y_test) = fit_wise(z, labels, args.l1), cascade.logits(test, bad)
+        costs, _ = cascade.costs(segments)
+        W, u, _ = choose_weights(cascade.join(held, segments), labels, cascade.exits, args)
+        u_test = weighted_logits(cascade.join(test, segments), W)
         for loss in (0., .5, 1., 2., 5.):
-            theta = choose_theta(z, labels, W, costs, loss)
-            point = operate(z_test, y_test, W, theta, costs)[0]
-            numbers = {key: point[key] for key in ("theta", "GMAC", "top1")}
-            rows.append({**segments, "max_loss": loss, **numbers})
+            point = operate(u_test, y_test, choose_theta(u, labels, costs, loss), costs)[0]
+            del point["leave"]
+            rows.append({**segments, "max_loss": loss, **point})
     rows.sort(key=lambda row: (row["GMAC"], -row["top1"]))
     for row in rows:
         row["Pareto"] = "*" if row["top1"] > best else ""
@@ -288,22 +309,17 @@ def classify(cascade, paths, weights, theta):
     """--video: a line about each file; one whose vectors cannot be used is re-encoded first."""
     lines = []
     for path in paths:
-        note, start = "", time.perf_counter()
+        start = time.perf_counter()
         try:
-            z, p = cascade.run(cascade.look(path), weights, theta)
+            unfit = common.video_index(path).unfit
+            with tempfile.TemporaryDirectory() as folder:
+                z, p = cascade.run(cascade.look(path, unfit and folder), weights, theta)
         except common.BadVideo as error:
-            note = f"  ({error.reason}: done)"
-            try:
-                if not error.reason.endswith("re-encode it"):
-                    raise
-                with tempfile.TemporaryDirectory() as folder:
-                    z, p = cascade.run(cascade.look(path, folder), weights, theta)
-            except common.BadVideo as error:
-                print(f"cannot decode {path}: {error.reason}", file=sys.stderr)
-                continue
+            print(f"cannot decode {path}: {error.reason}", file=sys.stderr)
+            continue
         ms, (stream, k) = 1e3 * (time.perf_counter() - start), cascade.exits[len(z) - 1]
         lines.append(f"{path}: {cascade.classes[p.argmax()]}, {p.max():.3f}, exit {stream}{k}, "
-                     f"{ms:.1f} ms{note}")
+                     f"{ms:.1f} ms{unfit and f'  ({unfit}: re-encoded)'}")
         print(lines[-1], flush=True)
     if not lines:
         raise common.BadInput("none of the files can be decoded")
@@ -342,9 +358,6 @@ def write_record(path, args, data, results, log, began):
         part.write_text("\n".join(map(json.dumps, log)))
 
 
-# ---- flags and main ------------------------------------------------------------------------------
-
-
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -355,45 +368,35 @@ def parse(argv=None):
     add("--checkpoint", metavar="FILE", help="that last.pt instead")
     add("--order", help="of its exits; progressive, or the first there is")
     add("--exit-order", nargs=3, default=list(STREAMS), help="of streams; the code's is r mv i")
-    add("--l1", type=float, default=1e-3, help="of eq. (2)")
-    add("--theta", default="auto", help="of eq. (3): a number, or auto, chosen on held-out clips")
-    add("--max-loss", type=float, default=.5, help="points of top-1 that auto may lose there")
-    add("--segments", default="", help="per stream, as mv=1,r=1,i=1; without it as in training")
+    add("--prior", choices=("auto", "fusion", "paper"), default="auto", help="of eq. (2)")
+    add("--l1", type=float, help="of eq. (2); without it chosen, as by --prior auto")
+    add("--theta", type=float, help="of eq. (3); without it chosen on held-out clips, ...")
+    add("--max-loss", type=float, default=.5, help="... where it may cost so many points of top-1")
+    add("--segments", nargs=3, type=int, metavar=("MV", "R", "I"), help="without it as in training")
     add("--sweep", action="store_true", help="segments x points that may be lost")
-    add("--video", nargs="+", metavar="FILE", help="classify these files instead of the test clips")
+    add("--video", nargs="+", metavar="FILE", help="classify these files instead")
     add("--allow-missing", action="store_true", help="go on without missing clips")
     add("--out", default="runs", help="folder for runs and the cache")
-    args, good = parser.parse_args(argv), False
-    with contextlib.suppress(ValueError):
-        pairs = [pair.split("=") for pair in filter(None, args.segments.split(","))]
-        args.segments = {stream: int(count) for stream, count in pairs}
-        good = min(args.segments.values(), default=1) >= 1
-        good &= 0 <= args.l1 < math.inf and args.max_loss >= 0
-        good &= set(args.segments) <= set(STREAMS) and sorted(args.exit_order) == sorted(STREAMS)
-        args.theta = args.theta if args.theta == "auto" else float(args.theta)
-        good &= args.theta == args.theta  # nan is not
-    if not good:
-        parser.error("--exit-order takes mv, r and i in some order; --segments mv=1,r=1,i=1, say; "
-                     "--theta auto or a number; --l1 and --max-loss 0 or more")
+    args = parser.parse_args(argv)
+    if sorted(args.exit_order) != sorted(STREAMS) or min(args.segments or [1]) < 1:
+        parser.error("--exit-order takes mv, r and i in some order, --segments 1 or more")
+    if not all(0 <= x < float("inf") for x in (args.l1 or 0, args.theta or 0, args.max_loss)):
+        parser.error("--l1, --theta and --max-loss take 0 or more")
     return args
 
 
 def load(args):
     """-> the checkpoint of pkd_compressed.py, its path, and which order's exits to use"""
     name = f"{Path(args.data).resolve().name}-s{args.split}-seed{args.seed}"
-    runs = [path for path in Path(args.out, "pkd_compressed").glob("*/last.pt")
-            if path.parent.name.rpartition("-")[0] == name]
-    missing = f"{args.out}/pkd_compressed/{name}-*/last.pt"
-    path = Path(args.checkpoint or max(runs, key=os.path.getmtime, default=missing))
+    folder = Path(args.out, "pkd_compressed")
+    runs = [path for path in folder.glob("*/last.pt") if path.parent.name.startswith(f"{name}-")]
+    runs.sort(key=lambda path: path.stat().st_mtime)
+    path = Path(args.checkpoint or (runs or [folder / f"{name}-*/last.pt"])[-1])
     if not path.exists():
-        raise common.BadInput(f"{path} is missing; make it with: python pkd_compressed.py --data "
-                              f"{args.data} --split {args.split} --seed {args.seed} --out "
-                              f"{args.out}")
+        flags = f"--data {args.data} --split {args.split} --seed {args.seed} --out {args.out}"
+        raise common.BadInput(f"{path} is missing; make it with: python pkd_compressed.py {flags}")
     saved = common.read_saved(path, "flags", "streams", "exits", "classes", "data")
     flags = saved["flags"]
-    known = {"data", "split", "seed", "clips", "holdout", "networks", "size", "segments", "order"}
-    if not known | {"copies"} <= flags.keys():
-        raise common.BadInput(f"{path} was written by another version, or is no such checkpoint")
     orders, saved["data"] = flags["order"], Path(saved["data"]).name
     args.split, args.seed = flags["split"], flags["seed"]
     flags["copies"] = flags["copies"] and f"{args.out}/cache/{saved['data']}-mpeg4"
@@ -406,15 +409,13 @@ def load(args):
 
 
 def read_clips(saved, path, args):
-    """The data of the checkpoint -> test data, held-out clips. Raises BadInput where it differs."""
+    """The checkpoint's data -> test data; held-out clips, where there are none training clips"""
     flags, cache = saved["flags"], Path(args.out) / "cache"
     data = common.read_data(flags["data"], flags["split"], args.allow_missing, cache, "toy-pairs")
     if data.digest() != flags["clips"]:
         raise common.BadInput(f"{path} was trained on other clips than {flags['data']} has now")
     data, held = common.hold_out(data, flags["holdout"], flags["seed"])
-    if not held:
-        raise common.BadInput(f"{path} holds no clips out: pkd_compressed.py --holdout 0.2 does")
-    return data, held
+    return data, held or data.train
 
 
 def main(argv=None):
@@ -424,74 +425,73 @@ def main(argv=None):
     if "toy" in saved["flags"]["networks"]:
         torch.set_num_threads(1)
     cascade = Cascade(saved, order, args.exit_order, args.segments)
+    segments, exits = cascade.segments, cascade.exits
     data, held = read_clips(saved, path, args)
-    print(f"{path}: exits of order {order}; {len(held)} held-out clips, {len(data.test)} test "
-          f"clips, segments {cascade.segments}; {MACHINE}", flush=True)
-    z, labels = cascade.logits(held, data.bad)
-    z, labels, (costs, whole) = z[:, labels >= 0], labels[labels >= 0], cascade.costs()
-    W = fit_wise(z, labels, args.l1)
-    theta = choose_theta(z, labels, W, costs, args.max_loss) if args.theta == "auto" else args.theta
+    print(f"{path}: exits of order {order}; weights from {len(held)} clips, {len(data.test)} test "
+          f"clips, segments {segments}; {MACHINE}", flush=True)
+    counts = {1, saved["flags"]["segments"]} if args.sweep else set()
+    pairs = {*segments.items(), *itertools.product(STREAMS, counts)}
+    parts, labels = cascade.logits(held, data.bad, pairs)
+    parts, labels = {pair: z[:, labels >= 0] for pair, z in parts.items()}, labels[labels >= 0]
+    if len(labels) < 2:
+        raise common.BadInput("one clip is held out: --holdout of pkd_compressed.py")
+    (costs, whole), z = cascade.costs(segments), cascade.join(parts, segments)
+    W, u, prior = choose_weights(z, labels, exits, args)
+    theta = choose_theta(u, labels, costs, args.max_loss) if args.theta is None else args.theta
     if args.video:
         return classify(cascade, args.video, W, theta)
 
-    z_test, y_test = cascade.logits(data.test, data.bad)
-    weights, rows = {**baselines(cascade.exits), "WISE": W}, []
-    for j, (stream, k) in enumerate(cascade.exits):
-        rows.append({"exit": f"{stream}{k}", "GMAC": costs[j].item()})
-        for name, w in weights.items():
-            right = weighted_logits(z_test, w[j:j + 1])[0].argmax(-1) == y_test
-            rows[-1][name] = right.double().mean().item()
-    points = {"WISE": operate(z_test, y_test, W, 2., costs)[0]}
-    early, said, left = operate(z_test, y_test, W, theta, costs)
-    real, early["ms"] = run_for_real(cascade, data.test, W, theta)
-    points["WISE, early exit"], limit = early, operate(z, labels, W, theta, costs)[0]["GMAC"]
-    for name in ("alone", "uniform", "fusion"):
-        own = theta_of_cost(z, labels, weights[name], costs, limit)
-        points[f"{name}, early exit"] = operate(z_test, y_test, weights[name], own, costs)[0]
-    results = {"exits": rows, "points": points, "weights": W.tolist(), "theta": theta,
-               "last": rows[-1]["alone"], "last_gmac": whole[args.exit_order[-1]],
-               "fusion": rows[-1]["fusion"], "fusion_gmac": sum(whole.values()),
-               "held": len(labels),
-               "sweep": sweep(saved, order, args, held, data.test, data.bad) if args.sweep else [],
-               "same": (torch.tensor(real) == said)[y_test >= 0].double().mean().item()}
-    report(results, cascade, data, said, left, y_test, saved, args, began)
+    tests, y_test = cascade.logits(data.test, data.bad, pairs)
+    arms = {name: (w, weighted_logits(z, w)) for name, w in baselines(exits).items()}
+    arms["paper"] = cross_fit(z, labels, torch.zeros_like(W), 1e-3, args.seed)
+    arms["WISE"], limit = (W, u), operate(u, labels, theta, costs)[0]["GMAC"]
+    rows, points, curves = [], {}, {}
+    for (stream, k), cost in zip(exits, costs.tolist(), strict=True):
+        rows.append({"exit": f"{stream}{k}", "GMAC": cost})
+    for name, (w, u) in arms.items():
+        own = theta if name == "WISE" else theta_of_cost(u, labels, costs, limit)
+        u_test = weighted_logits(cascade.join(tests, segments), w)
+        points[name], said, _ = operate(u_test, y_test, own, costs)
+        curves[name] = [(p["GMAC"], p["top1"]) for p in operating_points(u_test, y_test, costs)]
+        for row, right in zip(rows, u_test.argmax(-1) == y_test, strict=True):
+            row[name] = right.double().mean().item()
+    real, ms = run_for_real(cascade, data.test, W, theta)
+    scores = {"last": rows[-1]["alone"], "last_gmac": whole[args.exit_order[-1]],
+              "fusion": rows[-1]["fusion"], "fusion_gmac": sum(whole.values()),
+              "wise": rows[-1]["WISE"], "wise_gmac": rows[-1]["GMAC"],
+              "early": points["WISE"]["top1"], "early_gmac": points["WISE"]["GMAC"]}
+    results = {**scores, "exits": rows, "points": points, "weights": W.tolist(), "prior": prior,
+               "theta": theta, "ms": ms, "seen": held is data.train,
+               "same": (real == said)[y_test >= 0].double().mean().item(),
+               "sweep": sweep(cascade, counts, parts, labels, tests, y_test, args)}
+    report(scores, results, curves, data, args, began)
     return results
 
 
-def report(results, cascade, data, said, left, labels, saved, args, began):
+def report(scores, results, curves, data, args, began):
     """Write record and picture; print the tables and RESULT."""
-    flags, points, rows = saved["flags"], results["points"], []
-    exits = [f"{stream}{k}" for stream, k in cascade.exits]
-    for name, point in points.items():
-        shares = zip(exits, point["leave"], strict=True)
-        leave = " ".join(f"{at} {share:.0%}" for at, share in shares if share > 0)
-        rows.append({"operating point": name, "theta": point["theta"], "top1": point["top1"],
-                     "GMAC": point["GMAC"], "clips leave at": leave})
-    print(f"{table(results['exits'])}\ntop-1 if every clip stops there: by that exit, the mean so "
-          f"far, that of finished networks, WISE; GMAC: up to there\n\n{table(rows)}\nBaselines' "
-          f"theta is set on held-out clips to WISE's cost. Early exit, run for real: "
-          f"{points['WISE, early exit']['ms']:.1f} ms a clip with decoding, "
-          f"{results['same']:.1%} of the classes as here")
+    rows = []
+    for name, point in results["points"].items():
+        shares = zip(results["exits"], point["leave"], strict=True)
+        leave = [f"{row['exit']} {share:.0%}" for row, share in shares if share > 0]
+        rows.append({"early exit": name, **point, "leave": " ".join(leave)})
+    print(f"{table(results['exits'])}\ntop-1 if all clips stop there; paper: prior 0, l1 .001; "
+          f"WISE: {results['prior']}\n\n{table(rows)}\nall cost the same on held-out clips; real: "
+          f"{results['ms']:.1f} ms with decoding, {results['same']:.1%} of the classes as here")
     if results["sweep"]:
         print(table(results["sweep"]))
-    if points["WISE"]["top1"] < results["fusion"]:
-        print(f"NOTE learned weights lose to late fusion: {len(exits)} weights were fitted to "
-              f"{results['held']} held-out clips")
+    if results["seen"]:
+        print("NOTE no clips were held out: W and theta are fitted to clips seen in training")
     for note in data.notes():
         print(f"NOTE {note}")
     run = run_folder("wise_infer", data, args)
     write_record(run / "run.json", args, data, results, [], began)
-    order, lines = left.argsort(stable=True), {}  # from those that left first
-    order = order[labels[order] >= 0]
-    for n in order[::max(1, len(order) // 7)].tolist():
-        text = f"leaves at {exits[left[n]]}: {cascade.classes[said[n]]}"
-        lines[n] = text, bool(said[n] == labels[n])
-    common.contact_sheet(data.test, lines, 8, run / "run.png")
-    scores = [f"{key}={results[key]:.4f}" for key in ("last", "last_gmac", "fusion", "fusion_gmac")]
-    for key, name in (("wise", "WISE"), ("early", "WISE, early exit")):
-        scores += [f"{key}={points[name]['top1']:.4f}", f"{key}_gmac={points[name]['GMAC']:.4f}"]
-    print(f"record, picture: {run}\nRESULT wise_infer data={saved['data']} split={flags['split']} "
-          f"seed={flags['seed']} {' '.join(scores)} seconds={time.time() - began:.0f}")
+    for name in ("fusion", "wise", "early"):
+        curves[f"{name} of RESULT"] = [(scores[f"{name}_gmac"], scores[name])]
+    common.plot({"early exits, all theta": curves}, "GMAC a clip", "top-1", run / "run.png")
+    scores = [f"{key}={x:.4f}" for key, x in scores.items()]
+    print(f"record, picture: {run}\nRESULT wise_infer data={data.name} split={args.split} "
+          f"seed={args.seed} {' '.join(scores)} seconds={time.time() - began:.0f}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import common
@@ -24,6 +25,8 @@ from wise_infer import (
     Cascade,
     baselines,
     choose_theta,
+    choose_weights,
+    cross_fit,
     expected_cost,
     fit_wise,
     leave_at,
@@ -36,6 +39,7 @@ from wise_infer import (
 CODES = ("r", "mv", "i")  # the order of the paper's code
 EXITS = list(itertools.product(STREAMS, (1, 2, 3, 4)))
 SUM = torch.ones(12, 12).double().tril()  # surer with every exit
+ALL = dict.fromkeys(STREAMS, 2).items()  # pairs that a plain run decodes
 
 
 def go(*flags):
@@ -56,16 +60,26 @@ def softmax(u):
     return p / p.sum(-1, keepdims=True)
 
 
-def by_hand(w, z, labels, l1):
-    """Eq. (2) and its gradient in numpy. w (E,), z (E, N, K)"""
+def fit(z, labels, l1, prior=None):
+    prior = torch.zeros(len(z), len(z)).double() if prior is None else prior
+    return fit_wise(z, labels, prior, l1, prior)
+
+
+def chosen(z, labels, prior="auto", l1=None, seed=0):
+    return choose_weights(z, labels, EXITS[:len(z)], SimpleNamespace(prior=prior, l1=l1, seed=seed))
+
+
+def by_hand(w, z, labels, l1, v=0.):
+    """Eq. (2) and its gradient in numpy. w, v (E,), z (E, N, K)"""
     w, z, n = np.asarray(w), z.numpy(), np.arange(len(labels))
+    d = w - np.asarray(v)
     u = np.einsum("e,enk->nk", w, z)
     u = u - u.max(1, keepdims=True)
     log_p = u - np.log(np.exp(u).sum(1, keepdims=True))
-    error, size = np.exp(log_p), np.sqrt(w ** 2 + 1e-8)
+    error, size = np.exp(log_p), np.sqrt(d ** 2 + 1e-8)
     error[n, labels] -= 1
     loss = l1 * (size - 1e-4).sum() - log_p[n, labels].mean()
-    return loss, np.einsum("nk,enk->e", error, z) / len(n) + l1 * w / size
+    return loss, np.einsum("nk,enk->e", error, z) / len(n) + l1 * d / size
 
 
 def no_worse(W, z, labels, l1):
@@ -93,13 +107,88 @@ def test_weighted_logits_by_numpy():
 
 @pytest.mark.parametrize(("E", "N", "K", "l1"), [
     (12, 60, 12, 1e-3), (5, 80, 3, .05), (6, 90, 4, 0.), (3, 1, 3, 1e-3)])
-def test_weights_are_the_optimum(E, N, K, l1):
+def test_weights_are_the_optimum_whatever_the_prior_and_the_start(E, N, K, l1):
     z, labels = problem(E, N, K)
-    W = fit_wise(z, labels, l1)
-    assert not W.triu(1).any()
-    for j in range(E):
-        assert np.abs(by_hand(W[j, :j + 1], z[:j + 1], labels, l1)[1]).max() < 1e-6
-    no_worse(W, z, labels, l1)
+    for prior in (torch.zeros(E, E).double(), baselines(EXITS[:E])["fusion"]):
+        W = fit(z, labels, l1, prior)
+        assert not W.triu(1).any()
+        for j in range(E):
+            own = by_hand(W[j, :j + 1], z[:j + 1], labels, l1, prior[j, :j + 1])
+            assert np.abs(own[1]).max() < 1e-6
+        start = baselines(EXITS[:E])["uniform"]
+        torch.testing.assert_close(fit_wise(z, labels, prior, l1, start), W, atol=1e-5, rtol=0)
+    no_worse(fit(z, labels, l1), z, labels, l1)
+
+
+def test_no_prior_without_l1_and_only_the_prior_with_much():
+    z, labels = problem(12, 300, 4)
+    fusion = baselines(EXITS)["fusion"]
+    torch.testing.assert_close(fit(z, labels, 0.), fit(z, labels, 0., fusion), atol=1e-6, rtol=0)
+    torch.testing.assert_close(fit(z, labels, 30., fusion), fusion, atol=1e-4, rtol=0)
+    assert fit(z, labels, 30.).abs().max() < 1e-4
+    one = fit(z[:1], labels, 0.)  # a single weight is a temperature: its slope is 0 there
+    for step in (-.01, .01):
+        assert F.cross_entropy(one * z[0], labels) < F.cross_entropy((one + step) * z[0], labels)
+
+
+# ---- what is chosen on clips that are left out
+
+
+def test_each_clip_is_judged_once_by_weights_fitted_without_it(monkeypatch):
+    (z, labels), calls, real = problem(4, 40, 4), [], fit_wise
+
+    def spy(z, *more):
+        calls.append((set(z[0, :, 0].tolist()), real(z, *more)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(wise_infer, "fit_wise", spy)
+    prior = baselines(EXITS[:4])["uniform"]
+    (W, u), times = cross_fit(z, labels, prior, .01, 3), torch.zeros(40)
+    torch.testing.assert_close(W, fit(z, labels, .01, prior))
+    for inside, own in calls[1:]:
+        out = torch.tensor([x not in inside for x in z[0, :, 0].tolist()])
+        assert torch.bincount(labels[out]).tolist() == [2] * 4
+        torch.testing.assert_close(u[:, out], weighted_logits(z[:, out], own))
+        times += out
+    assert (times == 1).all()
+    assert not torch.equal(u, cross_fit(z, labels, prior, .01, 4)[1])
+
+
+def two_networks(N, seed, better):
+    """Two equal networks that only know more together; exit 6, within the second, is `better`."""
+    generator, labels = torch.Generator().manual_seed(seed), torch.arange(N) % 4
+    z = torch.randn(8, N, 4, generator=generator).double()
+    for e, signal in ((3, 2.), (7, 2.), (5, better)):
+        z[e, torch.arange(N), labels] += signal
+    return z, labels
+
+
+def test_few_clips_give_late_fusion_and_a_planted_exit_gives_learned_weights():
+    fusion = baselines(EXITS[:8])["fusion"]
+    for seed in range(3):
+        W, _, pair = chosen(*two_networks(8, seed, 0.))
+        assert pair == "fusion, l1 1"
+        torch.testing.assert_close(W[7], fusion[7], atol=2e-3, rtol=0)
+    (z, labels), (z_new, new) = two_networks(160, 0, 9.), two_networks(400, 1, 9.)
+    W, u, pair = chosen(z, labels)
+    top1 = [(weighted_logits(z_new, w)[7].argmax(-1) == new).double().mean() for w in (W, fusion)]
+    assert top1[0] > .99 > .97 > top1[1]
+    assert W[7].argmax() == 5
+    assert (u[7].argmax(-1) == labels).double().mean() > .98
+    for prior in ("fusion", "paper"):
+        assert chosen(z, labels, prior)[2].startswith(prior)
+    W, u, pair = chosen(z, labels, "paper", 1e-3)
+    assert pair == "paper, l1 0.001"
+    torch.testing.assert_close(W, fit(z, labels, 1e-3))
+
+
+def test_theta_for_clips_left_out_is_not_that_of_clips_fitted():
+    """Weights fitted to a handful of clips are sure of them, and of nothing else."""
+    z, labels = problem(6, 24, 4, signal=2)
+    costs, prior = torch.arange(1., 7).double(), torch.zeros(6, 6).double()
+    W, u = cross_fit(z, labels, prior, 1e-3, 0)
+    fitted = operate(weighted_logits(z, W), labels, 2., costs)[0]["top1"]
+    assert fitted > operate(u, labels, 2., costs)[0]["top1"] + .1
 
 
 @pytest.mark.parametrize(("factor", "gap", "off"), [(1e4, 0, 0), (1, 200, 0), (1, 200, 1)])
@@ -108,43 +197,45 @@ def test_extreme_logits_stay_finite(factor, gap, off):
     z, labels = problem(3, 24, 3)
     z *= factor
     z[1:, torch.arange(24), (labels + off) % 3] += gap
-    W = fit_wise(z, labels, .01)
+    W = fit(z, labels, .01)
     assert W.isfinite().all()
     no_worse(W, z, labels, .01)
 
 
 def test_a_clip_leaves_at_the_first_sure_exit_and_costs_what_ran():
     z, labels = problem(5, 70, 4, signal=4)
-    W, costs = fit_wise(z, labels, 1e-3), torch.tensor([1., 2., 4., 5., 9.]).double()
-    sure = softmax(weighted_logits(z, W).numpy()).max(-1)                       # (E, N)
+    u = weighted_logits(z, fit(z, labels, 1e-3))
+    costs = torch.tensor([1., 2., 4., 5., 9.]).double()
+    sure = softmax(u.numpy()).max(-1)                                           # (E, N)
     for theta in np.linspace(0, 1.1, 23):
-        left = leave_at(z, W, theta)
+        left = leave_at(u, theta)
         for n in range(70):
             hits = [j for j in range(5) if sure[j, n] > theta]
             assert left[n] == (hits[0] if hits else 4)
         cost = expected_cost(left, costs)
         assert cost.item() == pytest.approx(np.mean([costs[j] for j in left]))
-    assert (leave_at(0 * z, W, .25) == 4).all()  # as sure as theta is not sure enough
-    assert (leave_at(0 * z, W, .2499) == 0).all()
+    assert (leave_at(0 * u, .25) == 4).all()  # as sure as theta is not sure enough
+    assert (leave_at(0 * u, .2499) == 0).all()
 
 
 @pytest.mark.parametrize("max_loss", [0., 5., 100.])
 def test_theta_costs_least_of_those_that_lose_no_more(max_loss):
     """By brute force over a grid; the largest theta is taken where several cost the same."""
     z, labels = problem(4, 45, 3, signal=3)
-    costs, W = torch.tensor([1., 3., 4., 9.]).double(), baselines(EXITS[:4])["uniform"]
+    costs = torch.tensor([1., 3., 4., 9.]).double()
+    u = weighted_logits(z, baselines(EXITS[:4])["uniform"])
 
     def run(theta):
-        return operate(z, labels, W, theta, costs)[0]
+        return operate(u, labels, theta, costs)[0]
 
     grid = [run(theta) for theta in np.linspace(0, 1.001, 1002)]
     least = run(2.)["top1"] - max_loss / 100 - 1e-9
-    found = run(choose_theta(z, labels, W, costs, max_loss))
+    found = run(choose_theta(u, labels, costs, max_loss))
     assert found["top1"] >= least
     assert found["GMAC"] <= min(r["GMAC"] for r in grid if r["top1"] >= least) + 1e-12
     assert (found["GMAC"] == 1) == (max_loss == 100)
     for gmac in (.5, 1., 2.5, 6., 20.):
-        spent = run(theta_of_cost(z, labels, W, costs, gmac))["GMAC"]
+        spent = run(theta_of_cost(u, labels, costs, gmac))["GMAC"]
         assert spent <= max(gmac, 1.) + 1e-9
         assert spent >= max([r["GMAC"] for r in grid if r["GMAC"] <= gmac], default=1.) - 1e-12
 
@@ -180,7 +271,9 @@ def trained(coded, tmp_path_factory):
             "--holdout", "0.5", "--workers", "0"])
     file, data = next(out.rglob("last.pt")), common.read_data(coded)
     saved = torch.load(file, weights_only=True)
-    z, labels = Cascade(saved, "progressive", STREAMS, {}).logits(data.test, {})
+    cascade = Cascade(saved, "progressive", STREAMS, None)
+    z, labels = cascade.logits(data.test, {}, ALL)
+    z = cascade.join(z, cascade.segments)
     return SimpleNamespace(folder=coded, out=out, file=file, saved=saved, data=data, z=z,
                            labels=labels, decoded=decoded,
                            held=common.hold_out(data, .5, saved["flags"]["seed"])[1])
@@ -188,27 +281,27 @@ def trained(coded, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(trained):
-    """The plain command: results, and the logits and labels on which something was chosen"""
+    """The plain command: results, and on which logits or sums and labels something was chosen"""
     asked = {}
 
     def spied(name, function):
         def call(z, labels, *more):
-            asked.setdefault(name, (z, labels))
+            asked.setdefault(name, []).append((z, labels))
             return function(z, labels, *more)
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("fit_wise", "choose_theta", "theta_of_cost"):
+        for name in ("cross_fit", "choose_theta", "theta_of_cost"):
             patch.setattr(wise_infer, name, spied(name, getattr(wise_infer, name)))
         results = go("--data", trained.folder, "--out", trained.out)
     return SimpleNamespace(results=results, asked=asked)
 
 
-def scattering(z, W):
+def scattering(u):
     """A theta that sends clips to many exits, and is not close to any confidence"""
-    sure = weighted_logits(z, W).softmax(-1).amax(-1).flatten().sort().values
+    sure = u.softmax(-1).amax(-1).flatten().sort().values
     middles = ((sure[1:] + sure[:-1]) / 2)[sure.diff() > 1e-9].tolist()
-    return max(middles, key=lambda theta: len(leave_at(z, W, theta).unique()))
+    return max(middles, key=lambda theta: len(leave_at(u, theta).unique()))
 
 
 def watch(cascade):
@@ -235,7 +328,7 @@ def watch(cascade):
 
 
 @pytest.mark.parametrize(("order", "segments", "reads"), [
-    (STREAMS, {}, [False, True, True]), (CODES, {"mv": 1, "i": 3}, [True, False, True])])
+    (STREAMS, (2, 2, 2), [False, True, True]), (CODES, (1, 2, 3), [True, False, True])])
 def test_a_real_early_exit_is_that_of_the_table(trained, monkeypatch, order, segments, reads):
     """Exit and class of every clip; what lies behind the exit neither runs nor is decoded; the cost
     is the sum of what runs. reads: with pictures or motion alone, in turn; one read serves all
@@ -248,13 +341,15 @@ def test_a_real_early_exit_is_that_of_the_table(trained, monkeypatch, order, seg
 
     monkeypatch.setattr(common, "read_compressed", spy)
     cascade = Cascade(trained.saved, "progressive", order, segments)
-    (costs, whole), test = cascade.costs(), trained.data.test
-    z, labels = cascade.logits(test, {})
+    (costs, whole), test = cascade.costs(cascade.segments), trained.data.test
+    z, labels = cascade.logits(test, {}, cascade.segments.items())
+    z = cascade.join(z, cascade.segments)
+    u = weighted_logits(z, SUM)
     counts = [cascade.segments[stream] for stream in order]
     due = list(dict.fromkeys(zip(counts, reads, strict=True)))
     layers, exits, macs = watch(cascade)
-    for theta in (0., scattering(z, SUM), 2.):
-        _, said, left = operate(z, labels, SUM, theta, costs)
+    for theta in (0., scattering(u), 2.):
+        _, said, left = operate(u, labels, theta, costs)
         for n, (path, _) in enumerate(test):
             for noted in (read, layers, exits, *macs.values()):
                 noted.clear()
@@ -271,10 +366,10 @@ def test_a_real_early_exit_is_that_of_the_table(trained, monkeypatch, order, seg
 
 
 def test_motion_alone_gives_the_same_logits_to_the_bit(trained):
-    cascade = Cascade(trained.saved, "progressive", STREAMS, {})
+    cascade = Cascade(trained.saved, "progressive", STREAMS, None)
     alone, both = (cascade.look(trained.data.test[3][0]) for _ in range(2))
-    both("r")
-    assert torch.equal(alone("mv"), both("mv"))
+    both("r", 2)
+    assert torch.equal(alone("mv", 2), both("mv", 2))
 
 
 # ---- clips of its own
@@ -284,22 +379,42 @@ def test_everything_is_chosen_on_clips_that_nothing_was_trained_or_is_tested_on(
     held = {path for path, _ in trained.held}
     assert len(held) == 24
     assert trained.decoded == {path for path, _ in trained.data.train + trained.data.test} - held
-    cascade = Cascade(trained.saved, "progressive", STREAMS, {})
-    z, labels = cascade.logits(trained.held, {})
-    for own in base.asked.values():
-        assert torch.equal(own[0], z)
-        assert torch.equal(own[1], labels)
-    assert list(base.asked) == ["fit_wise", "choose_theta", "theta_of_cost"]
-    W = torch.tensor(base.results["weights"], dtype=torch.float64)
-    assert np.abs(by_hand(W[11], z, labels, 1e-3)[1]).max() < 1e-6
-    assert base.results["theta"] == choose_theta(z, labels, W, cascade.costs()[0], .5)
+    cascade = Cascade(trained.saved, "progressive", STREAMS, None)
+    z, labels = cascade.logits(trained.held, {}, ALL)
+    z, costs = cascade.join(z, cascade.segments), cascade.costs(cascade.segments)[0]
+    for asked in base.asked.values():
+        assert all(torch.equal(own, labels) for _, own in asked)
+    assert all(torch.equal(own, z) for own, _ in base.asked["cross_fit"])
+    W, u, pair = chosen(z, labels)
+    assert base.results["prior"] == pair
+    assert base.results["weights"] == W.tolist()
+    assert torch.equal(base.asked["choose_theta"][0][0], u)
+    assert base.results["theta"] == choose_theta(u, labels, costs, .5)
+    sums = [weighted_logits(z, w) for w in baselines(EXITS).values()]
+    sums.append(cross_fit(z, labels, torch.zeros_like(W), 1e-3, 0)[1])
+    for (own, _), wanted in zip(base.asked["theta_of_cost"], sums, strict=True):
+        assert torch.equal(own, wanted)
+    gmac = operate(u, labels, base.results["theta"], costs)[0]["GMAC"]
+    fusion = theta_of_cost(sums[2], labels, costs, gmac)
+    assert base.results["points"]["fusion"]["theta"] == fusion
+
+
+def test_without_clips_held_out_training_clips_serve_and_are_named(trained, tmp_path, capsys):
+    saved, taught = torch.load(trained.file, weights_only=True), []
+    saved["flags"]["holdout"] = 0.
+    torch.save(saved, tmp_path / "last.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wise_infer, "fit_wise", lambda z, y, *_: taught.append(len(y)) or SUM)
+        go("--checkpoint", tmp_path / "last.pt", "--out", tmp_path, "--prior", "paper", "--l1", 1)
+    assert max(taught) == len(trained.data.train)
+    assert "NOTE no clips were held out" in capsys.readouterr().out
 
 
 def test_bad_clips_count_as_wrong_and_teach_nothing_and_other_data_are_refused(
         trained, tmp_path, capsys, monkeypatch):
     """The bad test clip is of class 0, which is what logits of 0 would say. Clips of other sizes
     are other data, unless the checkpoint says so."""
-    folder, taught, fit = tmp_path / trained.folder.name, [], wise_infer.fit_wise
+    folder, taught, real = tmp_path / trained.folder.name, [], cross_fit
     shutil.copytree(trained.folder, folder)
     lost = next(n for n, (_, label) in enumerate(trained.data.test) if label == 0)
     bad = [f"{folder}/{Path(trained.held[1][0]).relative_to(trained.folder)}",
@@ -316,20 +431,20 @@ def test_bad_clips_count_as_wrong_and_teach_nothing_and_other_data_are_refused(
     saved["flags"]["clips"] = common.read_data(folder).digest()
     torch.save(saved, tmp_path / "last.pt")
 
-    def fits(z, labels, l1):
+    def fits(z, labels, *more):
         taught.append(labels.tolist())
-        return fit(z, labels, l1)
+        return real(z, labels, *more)
 
-    monkeypatch.setattr(wise_infer, "fit_wise", fits)
-    found, printed = go(*flags, "--theta", .2), capsys.readouterr()
-    assert taught == [[label for path, label in trained.held if path != trained.held[1][0]]]
+    monkeypatch.setattr(wise_infer, "cross_fit", fits)
+    found, printed = go(*flags, "--theta", .2, "--l1", 1), capsys.readouterr()
+    assert taught == [[label for path, label in trained.held if path != trained.held[1][0]]] * 3
     read = np.arange(24) != lost
     z, labels = trained.z.numpy()[:, read], trained.labels.numpy()[read]
     u = np.einsum("je,enk->jnk", np.array(found["weights"]), z)
     at = [np.argmax([*(softmax(u[:11, n]).max(1) > .2), True]) for n in range(23)]
     said = np.array([u[j, n].argmax() for n, j in enumerate(at)])
-    assert found["points"]["WISE, early exit"]["top1"] == (said == labels).sum() / 24
-    assert found["points"]["WISE"]["top1"] == (u[11].argmax(1) == labels).sum() / 24
+    assert found["points"]["WISE"]["top1"] == (said == labels).sum() / 24
+    assert found["wise"] == (u[11].argmax(1) == labels).sum() / 24
     for row, z_e, u_j in zip(found["exits"], z, u, strict=True):
         assert row["alone"] == (z_e.argmax(1) == labels).sum() / 24
         assert row["WISE"] == (u_j.argmax(1) == labels).sum() / 24
@@ -340,13 +455,14 @@ def test_bad_clips_count_as_wrong_and_teach_nothing_and_other_data_are_refused(
 
 
 def test_more_than_ten_clips_that_cannot_be_decoded_stop_the_run(trained, tmp_path):
-    cascade = Cascade(trained.saved, "progressive", STREAMS, {})
+    cascade = Cascade(trained.saved, "progressive", STREAMS, None)
     lost, clips = [(str(tmp_path / f"{n}.mp4"), 0) for n in range(11)], trained.data.test[:2]
-    assert (cascade.logits([*lost[:10], *clips], {})[1] < 0).tolist() == [True] * 10 + [False] * 2
+    labels = cascade.logits([*lost[:10], *clips], {}, ALL)[1]
+    assert (labels < 0).tolist() == [True] * 10 + [False] * 2
     with pytest.raises(BadInput, match="11 of 13 clips cannot be decoded"):
-        cascade.logits([*lost, *clips], {})
+        cascade.logits([*lost, *clips], {}, ALL)
     with pytest.raises(BadInput, match="1 of 1 clips"):
-        cascade.logits(lost[:1], {})
+        cascade.logits(lost[:1], {}, ALL)
 
 
 # ---- what is printed and left
@@ -360,32 +476,41 @@ def test_record_and_result_agree_and_theta_2_goes_to_the_end(trained, base, tmp_
     assert next(tmp_path.rglob("run.png")).stat().st_size > 10_000
     exits = itertools.product(CODES, (1, 2, 3, 4))
     assert [row["exit"] for row in r["exits"]] == [f"{stream}{k}" for stream, k in exits]
-    points = r["points"]
-    assert points["WISE, early exit"].items() >= points["WISE"].items()
-    assert points["WISE"]["leave"] == [0.] * 11 + [1.]
-    numbers = {"last": r["last"], "last_gmac": r["last_gmac"], "fusion": r["fusion"],
-               "fusion_gmac": r["fusion_gmac"], "wise": points["WISE"]["top1"],
-               "wise_gmac": points["WISE"]["GMAC"], "early": points["WISE, early exit"]["top1"],
-               "early_gmac": points["WISE, early exit"]["GMAC"]}
-    scores = " ".join(f"{key}={x:.4f}" for key, x in numbers.items())
+    assert r["points"]["WISE"]["leave"] == [0.] * 11 + [1.]
+    names = [f"{key}{cost}" for key in ("last", "fusion", "wise", "early")
+             for cost in ("", "_gmac")]
+    scores = " ".join(f"{key}={r[key]:.4f}" for key in names)
     printed = capsys.readouterr().out
     assert re.fullmatch(rf"RESULT wise_infer data={trained.folder.name} split=1 seed=0 {scores} "
                         r"seconds=\d+", printed.splitlines()[-1])
     assert r["same"] == base.results["same"] == 1
     assert r["last"] == r["exits"][11]["alone"]
     assert r["fusion"] == r["exits"][11]["fusion"]
-    assert points["WISE"]["GMAC"] == r["exits"][11]["GMAC"]
+    assert r["early"] == r["wise"] == r["exits"][11]["WISE"] == r["points"]["WISE"]["top1"]
+    assert r["early_gmac"] == r["wise_gmac"] == r["exits"][11]["GMAC"]
 
 
 def test_sweep_marks_the_pareto_front(trained, tmp_path, monkeypatch):
-    """With a third of the clips, no fit and fewer thetas, to spare time"""
+    """With a third of the clips, no fit and fewer thetas, to spare time. The clips are decoded once
+    per number of segments, and once more for the early exits that are really run."""
+    read, real = [], common.read_compressed
+
+    def spy(path, indices, pictures):
+        read.append((path, len(indices), pictures))
+        return real(path, indices, pictures)
+
+    monkeypatch.setattr(common, "read_compressed", spy)
     some = dataclasses.replace(trained.data, test=trained.data.test[::3]), trained.held[::3]
     monkeypatch.setattr(wise_infer, "read_clips", lambda *_: some)
     monkeypatch.setattr(wise_infer, "fit_wise", lambda *_: SUM)
+    monkeypatch.setattr(wise_infer, "run_for_real", lambda _, clips, *__: (torch.zeros(8), 1.))
     points = functools.partial(wise_infer.operating_points, most=20)
     monkeypatch.setattr(wise_infer, "operating_points", points)
     found = go("--checkpoint", trained.file, "--out", tmp_path, "--sweep")
-    rows, auto = found["sweep"], found["points"]["WISE, early exit"]
+    wanted = [(path, S, True) for part in (some[0].test, some[1])
+              for path, _ in part for S in (1, 2)]
+    assert sorted(read) == sorted(wanted)
+    rows, auto = found["sweep"], found["points"]["WISE"]
     segments = [tuple(row[stream] for stream in STREAMS) for row in rows]
     assert set(segments) == set(itertools.product((1, 2), repeat=3))
     assert len(rows) == 40
@@ -404,7 +529,8 @@ def test_sweep_marks_the_pareto_front(trained, tmp_path, monkeypatch):
 
 def test_video_says_what_the_test_says_and_reencodes_what_it_must(trained, base, tmp_path, capsys):
     W = torch.tensor(base.results["weights"], dtype=torch.float64)
-    theta, clip = scattering(trained.z, W), trained.data.test[5][0]
+    sums, clip = weighted_logits(trained.z, W), trained.data.test[5][0]
+    theta = scattering(sums)
     frames = np.random.default_rng(0).integers(0, 255, (8, 8, 8, 3), np.uint8)
     common.write_video(tmp_path / "h.mp4", frames.repeat(8, 1).repeat(8, 2), codec="libx264",
                        qmax="51")
@@ -412,8 +538,7 @@ def test_video_says_what_the_test_says_and_reencodes_what_it_must(trained, base,
     files = (clip, tmp_path / "broken.mp4", tmp_path / "h.mp4")
     flags = ("--data", trained.folder, "--out", trained.out, "--theta", theta, "--video")
     lines, printed = go(*flags, *files)["video"], capsys.readouterr()
-    u = weighted_logits(trained.z, W)[:, 5]
-    j = leave_at(trained.z, W, theta)[5]
+    u, j = sums[:, 5], leave_at(sums, theta)[5]
     said, p = trained.data.classes[u[j].argmax()], u[j].softmax(-1).max()
     exit = "{}{}".format(*EXITS[j])
     assert re.fullmatch(rf"{clip}: {said}, {p:.3f}, exit {exit}, \S+ ms", lines[0])
@@ -441,7 +566,6 @@ def test_a_missing_checkpoint_is_one_line_and_exit_code_two(tmp_path, monkeypatc
 def test_mistakes_say_what_would_be_right(trained, tmp_path):
     flags, file, saved = ("--data", trained.folder, "--out", tmp_path), tmp_path / "a.pt", None
     for key, value, message in (("optimizer", {}, "is not finished.*--resume"),
-                                ("flags", {"holdout": 0.}, r"pkd_compressed.py --holdout 0\.2"),
                                 ("flags", {"order": ["ce"]}, "has exits of ce, none of --order a")):
         saved = torch.load(trained.file, weights_only=True)
         saved[key] = {**saved.get(key, {}), **value}
@@ -454,7 +578,7 @@ def test_mistakes_say_what_would_be_right(trained, tmp_path):
         with pytest.raises(BadInput, match="was cut off, or is another kind of file"):
             go(*flags, "--checkpoint", path)
     for wrong in (("--exit-order", "mv", "mv", "i"), ("--segments", "nonsense"),
-                  ("--segments", "mv=0"), ("--theta", "nan"), ("--l1", -1)):
+                  ("--segments", 1, 0, 1), ("--theta", "nan"), ("--l1", -1), ("--prior", "0")):
         with pytest.raises(SystemExit) as left:
             go(*wrong)
         assert left.value.code == 2
