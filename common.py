@@ -544,23 +544,26 @@ def video_index(path):
 
 
 def decode(path, indices, seek=True, export=None):
-    """Decode what `indices` need in one pass -> yields (position, frame) of all frames on the way.
-    Seeks (unless seek=False) where a keyframe lies before the next of `indices`. export: options of
-    the decoder, which then exports motion vectors. Raises BadVideo, also where decoding cannot
-    start at a keyframe and where the frame size changes."""
-    index, at, size, frame, frames = video_index(str(path)), -1, None, None, None
+    """Decode what `indices` need in one pass -> yields (position, frame) of frames on the way.
+    Seeks (unless seek=False) where a keyframe lies before the next of `indices`, and then spares
+    frames that no other refers to. export: options of the decoder, which then exports motion
+    vectors. Raises BadVideo, also where decoding cannot start at a keyframe and where the frame
+    size changes."""
+    index, at, size, frame, frames, needed = video_index(str(path)), -1, None, None, None, None
     if not 0 <= min(indices) <= max(indices) < index.count:
         raise BadVideo(path, f"it has {index.count} frames, none for all of {list(indices)}")
     with open_video(path) as (container, stream):
         if export is not None:
             stream.codec_context.flags2 |= Flags2.export_mvs  # before anything is decoded
             stream.codec_context.options = export
+        elif seek and index.pts is not None and stream.codec_context.name in ("h264", "mpeg4"):
+            needed = {*index.pts[list(indices)].tolist(), *index.pts[-3:].tolist()}
         for i in sorted(set(map(int, indices))):
             key = int(index.keys[np.searchsorted(index.keys, i, "right") - 1]) if seek else 0
             if frames is None or key > at + 1:
                 if key:
                     container.seek(int(index.pts[key]), stream=stream)
-                at, frames, start = key - 1, _pictures(container, stream), key
+                at, frames, start = key - 1, _pictures(container, stream, needed), key
             while at < i and (found := next(frames, None)):
                 pts, frame = found
                 counted = index.pts is None or pts is None
@@ -583,11 +586,14 @@ def decode(path, indices, seek=True, export=None):
                 raise BadVideo(path, f"frame {i} of {index.count} is missing or out of order")
 
 
-def _pictures(container, stream):
-    """Yields (timestamp, frame) in order. Where MPEG-4 has the header of a picture and no more (not
-    coded, as XviD writes still scenes), the picture before is shown again."""
+def _pictures(container, stream, needed=None):
+    """Yields (timestamp, frame) in order. needed: timestamps; other frames, if nothing refers to
+    them, are left out. Where MPEG-4 has the header of a picture and no more (not coded, as XviD
+    writes still scenes), the picture before is shown again."""
     before, again, decoder = None, [], stream.codec_context
     for packet in container.demux(stream):
+        if needed is not None and packet.size > 15:
+            decoder.skip_frame = "DEFAULT" if packet.pts in needed else "NONREF"
         frames = packet.decode()
         if not frames and 1 < packet.size < 16 and VOP.search(bytes(packet)):
             again.append(packet.pts)

@@ -281,6 +281,16 @@ def test_only_the_groups_that_are_needed_are_decoded(tmp_path):
         assert len(list(common.decode(tmp_path / "a.mp4", wanted))) == most
 
 
+@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "libx264"), ("a.mkv", "mpeg4")])
+def test_frames_that_nothing_refers_to_are_not_decoded(tmp_path, name, codec):
+    encode(tmp_path / name, moving(40), codec=codec, bf="3")
+    wanted, everything = [3, 30], whole(tmp_path / name)
+    assert torch.equal(read_frames(tmp_path / name, wanted), everything[wanted])
+    found = [at for at, _ in common.decode(tmp_path / name, wanted)]
+    assert set(wanted) < set(found)
+    assert len(found) < 25
+
+
 @pytest.mark.parametrize(("degrees", "turns"), [(0, 0), (90, -1), (180, 2), (270, 1)])
 def test_rotated_clips_are_turned_upright(shared, degrees, turns):
     path = shared / "odd-videos" / "decord" / f"video_{degrees}.mov"
