@@ -544,23 +544,26 @@ def video_index(path):
 
 
 def decode(path, indices, seek=True, export=None):
-    """Decode what `indices` need in one pass -> yields (position, frame) of all frames on the way.
-    Seeks (unless seek=False) where a keyframe lies before the next of `indices`. export: options of
-    the decoder, which then exports motion vectors. Raises BadVideo, also where decoding cannot
-    start at a keyframe and where the frame size changes."""
-    index, at, size, frame, frames = video_index(str(path)), -1, None, None, None
+    """Decode what `indices` need in one pass -> yields (position, frame) of frames on the way.
+    Seeks (unless seek=False) where a keyframe lies before the next of `indices`, and then spares
+    frames that no other refers to. export: options of the decoder, which then exports motion
+    vectors. Raises BadVideo, also where decoding cannot start at a keyframe and where the frame
+    size changes."""
+    index, at, size, frame, frames, needed = video_index(str(path)), -1, None, None, None, None
     if not 0 <= min(indices) <= max(indices) < index.count:
         raise BadVideo(path, f"it has {index.count} frames, none for all of {list(indices)}")
     with open_video(path) as (container, stream):
         if export is not None:
             stream.codec_context.flags2 |= Flags2.export_mvs  # before anything is decoded
             stream.codec_context.options = export
+        elif seek and index.pts is not None and stream.codec_context.name in ("h264", "mpeg4"):
+            needed = {*index.pts[list(indices)].tolist(), *index.pts[-3:].tolist()}
         for i in sorted(set(map(int, indices))):
             key = int(index.keys[np.searchsorted(index.keys, i, "right") - 1]) if seek else 0
             if frames is None or key > at + 1:
                 if key:
                     container.seek(int(index.pts[key]), stream=stream)
-                at, frames, start = key - 1, _pictures(container, stream), key
+                at, frames, start = key - 1, _pictures(container, stream, needed), key
             while at < i and (found := next(frames, None)):
                 pts, frame = found
                 counted = index.pts is None or pts is None
@@ -583,11 +586,14 @@ def decode(path, indices, seek=True, export=None):
                 raise BadVideo(path, f"frame {i} of {index.count} is missing or out of order")
 
 
-def _pictures(container, stream):
-    """Yields (timestamp, frame) in order. Where MPEG-4 has the header of a picture and no more (not
-    coded, as XviD writes still scenes), the picture before is shown again."""
+def _pictures(container, stream, needed=None):
+    """Yields (timestamp, frame) in order. needed: timestamps; other frames, if nothing refers to
+    them, are left out. Where MPEG-4 has the header of a picture and no more (not coded, as XviD
+    writes still scenes), the picture before is shown again."""
     before, again, decoder = None, [], stream.codec_context
     for packet in container.demux(stream):
+        if needed is not None and packet.size > 15:
+            decoder.skip_frame = "DEFAULT" if packet.pts in needed else "NONREF"
         frames = packet.decode()
         if not frames and 1 < packet.size < 16 and VOP.search(bytes(packet)):
             again.append(packet.pts)
@@ -899,23 +905,26 @@ class Clips(torch.utils.data.Dataset):
 
 
 class ClipOrder(torch.utils.data.Sampler):
-    """Batches of keys (epoch, index). Training: shuffled in each epoch (set .epoch), whole batches
-    only. Testing: every clip once. batch counts the clips of all processes."""
+    """Batches of keys (epoch, index) for each of .epochs. Training: shuffled, whole batches only.
+    Testing: every clip once. batch counts the clips of all processes; len: batches an epoch."""
 
     def __init__(self, count, batch, train=False, seed=0, rank=0, world=1):
         self.count, self.batch, self.train, self.seed = count, batch, train, seed
-        self.rank, self.world, self.epoch = rank, world, 0
+        self.rank, self.world, self.epochs = rank, world, range(1)
 
     def __len__(self):
         return self.count // self.batch if self.train else -(-self.count // self.batch)
 
     def __iter__(self):
-        rng = np.random.default_rng([self.seed, self.epoch])
+        return itertools.chain.from_iterable(map(self.batches, self.epochs))
+
+    def batches(self, epoch):
+        rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(self.count) if self.train else np.arange(self.count)
         for start in range(0, len(self) * self.batch, self.batch):
             mine = order[start:start + self.batch][self.rank::self.world].tolist()
             if mine:
-                yield [(self.epoch, i) for i in mine]
+                yield [(epoch, i) for i in mine]
 
 
 def _collate(samples):
@@ -923,9 +932,9 @@ def _collate(samples):
 
 
 class ClipLoader(torch.utils.data.DataLoader):
-    """DataLoader over Clips; its batches are Samples of lists. Set .order.epoch. batch: of all
-    processes. Clips that cannot be decoded go into `bad`, {path: reason}, and are named once on
-    stderr. Raises BadInput when they are more than ten and more than 1 % of the clips."""
+    """DataLoader over Clips; its batches are Samples of lists. batch: of all processes. Clips that
+    cannot be decoded go into `bad`, {path: reason}, and are named once on stderr. Raises BadInput
+    when they are more than ten and more than 1 % of the clips."""
 
     def __init__(self, clips, batch, workers=0, rank=0, world=None, bad=None):
         if world is None:
@@ -958,14 +967,21 @@ class ClipLoader(torch.utils.data.DataLoader):
                                f"last {list(self.bad)[-1]}; take them off the list")
             yield batch
 
-    def mean(self, values):
-        """Values (n,) of each batch of this epoch, a list -> their means. Raises BadInput, with the
+    def epochs(self, first, last):
+        """Yields each of these epochs with its batches; workers go on from one to the next."""
+        self.order.epochs, batches = range(first, last), iter(self)
+        for epoch in self.order.epochs:
+            yield epoch, itertools.islice(batches, len(self))
+
+    def mean(self, values, epoch):
+        """Values (n,) of each batch of an epoch, a list -> their means. Raises BadInput, with the
         clips of the first batch of which a value is not finite."""
         values = torch.stack(values)
         broken = (~values.isfinite().all(1)).tolist()
         if any(broken):
-            clips = [self.dataset.clips[i][0] for _, i in list(self.order)[broken.index(True)]]
-            raise BadInput(f"epoch {self.order.epoch + 1}, batch {broken.index(True) + 1} of "
+            keys = list(self.order.batches(epoch))[broken.index(True)]
+            clips = [self.dataset.clips[i][0] for _, i in keys]
+            raise BadInput(f"epoch {epoch + 1}, batch {broken.index(True) + 1} of "
                            f"{len(broken)}: a value is not finite; a lower --lr may help, or look "
                            f"at its clips, {', '.join(clips[:3])}, ...")
         return values.mean(0).tolist()
@@ -984,36 +1000,59 @@ def mirrors(classes):
     return [not re.search(r"(?<![a-z])(left|right)(?![a-z])", name.lower()) for name in classes]
 
 
-def augment(video, size, rng, may_flip, scales=(1, .875, .75, .66)):
-    """Training view as in ActionCLIP, but drawn once for all frames of a clip, since videos do not
-    flicker. uint8 (T, 3, H, W) -> float (T, 3, size, size) in 0..1. A crop with sides of `scales`
-    times the shorter side; flip p .5; colour jitter p .8 (.4, .4, .2, .1); grey p .2."""
-    H, W = video.shape[-2:]
-    first = int(rng.integers(len(scales)))  # the other side is at most one step away
-    second = int(np.clip(first + rng.integers(-1, 2), 0, len(scales) - 1))
-    h, w = (max(1, int(min(H, W) * scales[s])) for s in (first, second))
-    top, left = int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1))
-    video = TF.resized_crop(video, top, left, h, w, [size, size], antialias=True).float() / 255
-    if rng.random() < .5 and may_flip:
-        video = video.flip(-1)
-    if rng.random() < .8:
-        video = TF.adjust_brightness(video, rng.uniform(.6, 1.4))
-        video = TF.adjust_contrast(video, rng.uniform(.6, 1.4))
-        video = TF.adjust_saturation(video, rng.uniform(.8, 1.2))
-        video = TF.adjust_hue(video, rng.uniform(-.1, .1))
-    if rng.random() < .2:
-        video = TF.rgb_to_grayscale(video, num_output_channels=3)
-    return video
+def augment(videos, size, rngs, may_flip, scales=(1, .875, .75, .66)):
+    """Training view as in ActionCLIP, but drawn once for all frames of a clip, by its generator,
+    since videos do not flicker. uint8 (T, 3, H, W) per clip -> float (B, T, 3, size, size) in 0..1.
+    A crop with sides of `scales` times the shorter side; flip p .5 where may_flip; colour jitter p
+    .8 (.4, .4, .2, .1); grey p .2."""
+    out, factors = [], []
+    for video, rng, may in zip(videos, rngs, may_flip, strict=True):
+        H, W = video.shape[-2:]
+        first = int(rng.integers(len(scales)))  # the other side is at most one step away
+        second = int(np.clip(first + rng.integers(-1, 2), 0, len(scales) - 1))
+        h, w = (max(1, int(min(H, W) * scales[s])) for s in (first, second))
+        top, left = int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1))
+        video = TF.resized_crop(video, top, left, h, w, [size, size], antialias=True)
+        out.append(video.flip(-1) if rng.random() < .5 and may else video)
+        drawn = (1, 1, 1, 0)
+        if rng.random() < .8:
+            drawn = rng.uniform((.6, .6, .8, -.1), (1.4, 1.4, 1.2, .1))
+        factors.append((*drawn, rng.random() < .2))
+    factors = torch.tensor(factors).to(out[0].device, torch.float32, non_blocking=True)  # (B, 5)
+    return jitter(torch.stack(out).float() / 255, factors)
+
+
+def jitter(video, factors):
+    """torchvision's adjust_brightness, _contrast, _saturation and _hue, one after the other, and
+    grey where the last factor is 1, for all clips at once: few kernels for a GPU. (B, T, 3, S, S),
+    (B, 5) -> (B, T, 3, S, S)"""
+    bright, contrast, saturation, hue, grey = factors.T[..., None, None, None, None]
+
+    def to_grey(x):
+        return (.2989 * x[:, :, 0] + .587 * x[:, :, 1] + .114 * x[:, :, 2])[:, :, None]
+
+    video = (bright * video).clamp(0, 1)
+    mean = to_grey(video).mean((-2, -1), keepdim=True)                          # (B, T, 1, 1, 1)
+    video = mean.lerp(video, contrast).clamp(0, 1)
+    video = to_grey(video).lerp(video, saturation).clamp(0, 1)
+    r, g, b = video.unbind(2)                                                   # (B, T, S, S)
+    high, chroma = video.amax(2), video.amax(2) - video.amin(2)
+    some = chroma.clamp(min=1e-8)  # of grey, the hue does not matter
+    sixth = torch.where(high == g, 2 + (b - r) / some, 4 + (r - g) / some)
+    sixth = torch.where(high == r, (g - b) / some, sixth)[:, :, None] + 6 * hue
+    turn = (sixth + torch.arange(5, 0, -2, device=video.device).view(3, 1, 1)) % 6
+    share = torch.minimum(turn, 4 - turn).clamp(0, 1)                           # (B, T, 3, S, S)
+    video = high[:, :, None] - chroma[:, :, None] * share
+    return torch.where(grey > 0, to_grey(video), video)
 
 
 def training_view(batch, size, mirror, seed, device):
     """augment for a batch of a loader, with the same draws at any size; small networks get milder
     crops. mirror: bool per class. -> float (B, T, 3, size, size) in 0..1"""
-    scales, out = (1, .875, .75, .66) if size > 100 else (1, .875), []
-    for video, label, key in zip(batch.video, batch.label, batch.key, strict=True):
-        rng = np.random.default_rng([seed, *key, 2])
-        out.append(augment(video.to(device, non_blocking=True), size, rng, mirror[label], scales))
-    return torch.stack(out)
+    videos = [video.to(device, non_blocking=True) for video in batch.video]
+    rngs = [np.random.default_rng([seed, *key, 2]) for key in batch.key]
+    scales = (1, .875, .75, .66) if size > 100 else (1, .875)
+    return augment(videos, size, rngs, [mirror[label] for label in batch.label], scales)
 
 
 def compressed_view(clips, size, rngs=None, mirror=None, scales=(1, .875, .75)):

@@ -300,12 +300,11 @@ def train(name, student, teacher, data, mirror, args, run, log):
     words = [model.prompts(task.labels, task.templates) for task in tasks]      # (P, L_k, L) each
     q = [task.q.float().to(DEVICE) for task in tasks]                           # (N, L_k) each
 
-    for epoch in range(len(rows), args.epochs):
+    for epoch, batches in loader.epochs(len(rows), args.epochs):
         began, terms = time.time(), []
-        loader.order.epoch = epoch
         student.train()
-        batches = tqdm(loader, f"{name} {epoch + 1}/{args.epochs}", leave=False, disable=None)
-        for step, batch in enumerate(batches):
+        bar = tqdm(batches, f"{name} {epoch + 1}/{args.epochs}", len(loader), False, disable=None)
+        for step, batch in enumerate(bar):
             if taught:
                 view = common.training_view(batch, teacher.size, mirror, args.seed, DEVICE)
                 z_t = class_logits(teacher, view, text_t)                       # (B/W, K)
@@ -337,7 +336,7 @@ def train(name, student, teacher, data, mirror, args, run, log):
             terms.append(torch.stack([frame, token, cosine, *spatial]).detach())
         row = {"arm": name, "epoch": epoch + 1}
         names = ["frame", "token", "cosine", *(task.name for task in tasks)]
-        row.update(zip(names, loader.mean(terms), strict=True))
+        row.update(zip(names, loader.mean(terms, epoch), strict=True))
         row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
         keep(row, rows, args.epochs, path, flags, model.about(args.frames), parts)
     log += rows

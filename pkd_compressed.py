@@ -241,11 +241,11 @@ def train_streams(streams, data, mirror, args, flags, run, log):
     path = run / "streams-last.pt"
     rows = resume(path, parts) if args.resume and path.exists() else []
     wrapped = nn.parallel.DistributedDataParallel(streams) if WORLD > 1 else streams
-    for epoch in range(len(rows), args.epochs):
+    for epoch, batches in loader.epochs(len(rows), args.epochs):
         began, terms = time.time(), []
-        loader.order.epoch = epoch
         streams.train()
-        for batch in tqdm(loader, f"streams {epoch + 1}/{args.epochs}", leave=False, disable=None):
+        bar = tqdm(batches, f"streams {epoch + 1}/{args.epochs}", len(loader), False, disable=None)
+        for batch in bar:
             with autocast():
                 out = wrapped(see(batch, args, mirror))
             labels = torch.tensor(batch.label).to(DEVICE, non_blocking=True)    # (B/W,)
@@ -260,7 +260,7 @@ def train_streams(streams, data, mirror, args, flags, run, log):
             schedule.step()
             terms.append(torch.stack(losses).detach())
         row = {"stage": "streams", "epoch": epoch + 1}
-        row.update(zip(STREAMS, loader.mean(average(terms, streams)), strict=True))
+        row.update(zip(STREAMS, loader.mean(average(terms, streams), epoch), strict=True))
         row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
         keep(row, rows, args.epochs, path, flags, {}, parts)
     log += rows
@@ -281,9 +281,8 @@ def feature_cache(streams, clips, mirror, args, data):
     loader = common.ClipLoader(clips, args.batch_size, args.workers, 0, 1, data.bad)
     loader.order.train = False  # every clip once, in the order of the list
     found = []
-    for crop in range(args.crops):
-        loader.order.epoch = crop
-        for batch in tqdm(loader, f"crop {crop + 1}/{args.crops}", leave=False, disable=None):
+    for crop, batches in loader.epochs(0, args.crops):
+        for batch in tqdm(batches, f"crop {crop + 1}", len(loader), False, disable=None):
             labels, outputs = run_frozen(streams, batch, mirror, args)
             columns = [labels, *itertools.chain(*outputs.values())]
             values = sum(f.numel() for f in columns) / len(labels)
@@ -296,12 +295,10 @@ def feature_cache(streams, clips, mirror, args, data):
     return [torch.cat(column) for column in zip(*found, strict=True)]
 
 
-def frozen_batches(streams, loader, cache, mirror, args):
-    """run_frozen for the batches that exits train on, from the cache where there is one"""
-    for batch in loader if cache is None else ():
-        yield run_frozen(streams, batch, mirror, args)
-    for keys in loader.order if cache else ():
-        at = torch.tensor([epoch % args.crops * len(loader.dataset) + i for epoch, i in keys])
+def cached_batches(cache, loader, epoch, crops):
+    """What run_frozen says of the batches of an epoch, from the cache"""
+    for keys in loader.order.batches(epoch):
+        at = torch.tensor([epoch % crops * len(loader.dataset) + i for _, i in keys])
         labels, *parts = [column[at].flatten(0, 1).to(DEVICE) for column in cache]
         parts = [f.float() for f in parts]
         yield labels, dict(zip(STREAMS, (parts[:4], parts[4:8], parts[8:]), strict=True))
@@ -323,13 +320,13 @@ def train_exits(streams, exits, data, mirror, args, flags, about, run, log):
     cache = None if finished else feature_cache(streams, clips, mirror, args, data)
     wrapped = nn.parallel.DistributedDataParallel(exits) if WORLD > 1 else exits
     names = [f"{order}-{stream}" for order, stream in itertools.product(args.order, STREAMS)]
-    for epoch in range(len(rows), args.exit_epochs):
+    for epoch, batches in loader.epochs(len(rows), args.exit_epochs):
         began, terms = time.time(), []
-        loader.order.epoch = epoch
         exits.train()
-        batches = tqdm(frozen_batches(streams, loader, cache, mirror, args),
-                       f"exits {epoch + 1}/{args.exit_epochs}", len(loader), False, disable=None)
-        for step, (labels, outputs) in enumerate(batches, epoch * len(loader)):
+        seen = cached_batches(cache, loader, epoch, args.crops) if cache else \
+            (run_frozen(streams, batch, mirror, args) for batch in batches)
+        bar = tqdm(seen, f"exits {epoch + 1}/{args.exit_epochs}", len(loader), False, disable=None)
+        for step, (labels, outputs) in enumerate(bar, epoch * len(loader)):
             with autocast():
                 out = wrapped(outputs, args.segments)
             losses = []
@@ -343,7 +340,7 @@ def train_exits(streams, exits, data, mirror, args, flags, about, run, log):
             schedule.step()
             terms.append(torch.stack(losses).detach())
         row = {"stage": "exits", "epoch": epoch + 1}
-        row.update(zip(names, loader.mean(average(terms, exits)), strict=True))
+        row.update(zip(names, loader.mean(average(terms, exits), epoch), strict=True))
         row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
         keep(row, rows, args.exit_epochs, path, flags, about, parts)
     log += rows

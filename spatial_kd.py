@@ -361,12 +361,11 @@ def train(arm, student, data, mirror, args, run, log):
     words = [model.prompts(task.labels, task.templates) for task in tasks]      # (P, L_k, L) each
     q = [task.q.float().to(DEVICE) for task in tasks]                           # (N, L_k) each
 
-    for epoch in range(len(rows), args.epochs):
+    for epoch, batches in loader.epochs(len(rows), args.epochs):
         began, terms = time.time(), []
-        loader.order.epoch = epoch
         student.train()
-        batches = tqdm(loader, f"{arm} {epoch + 1}/{args.epochs}", leave=False, disable=None)
-        for step, batch in enumerate(batches):
+        bar = tqdm(batches, f"{arm} {epoch + 1}/{args.epochs}", len(loader), False, disable=None)
+        for step, batch in enumerate(bar):
             view = common.training_view(batch, model.size, mirror, args.seed, DEVICE)
             draws = [np.random.default_rng([args.seed, *key, 1]).integers(16) for key in batch.key]
             numbers = draws, batch.label, [i for _, i in batch.key]             # (B/W,) each
@@ -390,7 +389,7 @@ def train(arm, student, data, mirror, args, run, log):
             terms.append(torch.stack([pair, *spatial]).detach())
         row = {"arm": arm, "epoch": epoch + 1}
         names = ["kl_pair", *(task.name for task in tasks)]
-        row.update(zip(names, loader.mean(terms), strict=True))
+        row.update(zip(names, loader.mean(terms, epoch), strict=True))
         row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
         keep(row, rows, args.epochs, path, flags, about, parts)
     log += rows

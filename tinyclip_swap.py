@@ -186,11 +186,11 @@ def train(arm, model, large, data, args, run, log):
     prompts = model.prompts(data.classes)                                       # (16, K, L)
     prompts_t = large.prompts(data.classes) if large else None                  # (16, K, L_t)
     mirror = common.mirrors(data.classes)
-    for epoch in range(len(rows), args.epochs):
+    for epoch, batches in loader.epochs(len(rows), args.epochs):
         began, terms = time.time(), []
-        loader.order.epoch = epoch
         model.train()
-        for batch in tqdm(loader, f"{arm} {epoch + 1}/{args.epochs}", leave=False, disable=None):
+        bar = tqdm(batches, f"{arm} {epoch + 1}/{args.epochs}", len(loader), False, disable=None)
+        for batch in bar:
             view = common.training_view(batch, model.size, mirror, args.seed, DEVICE)
             draws = [np.random.default_rng([args.seed, *key, 1]).integers(16) for key in batch.key]
             numbers = draws, batch.label                                        # (B/W,) each
@@ -214,7 +214,7 @@ def train(arm, model, large, data, args, run, log):
             model.clip.logit_scale.data.clamp_(max=math.log(100))
             terms.append(torch.stack([pair, affinity]).detach())
         row = {"arm": arm, "epoch": epoch + 1}
-        row.update(zip(("kl_pair", "affinity"), loader.mean(terms), strict=True))
+        row.update(zip(("kl_pair", "affinity"), loader.mean(terms, epoch), strict=True))
         row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
         keep(row, rows, args.epochs, path, flags, model.about(args.frames), parts)
     log += rows

@@ -55,7 +55,7 @@ def on_gpu(monkeypatch, toy):
         return counter
 
     # an epoch, not a step, may read its losses
-    monkeypatch.setattr(common.ClipLoader, "mean", lambda self, values: [0.] * len(values[0]))
+    monkeypatch.setattr(common.ClipLoader, "mean", lambda self, values, _: [0.] * len(values[0]))
     monkeypatch.setattr(torch.Tensor, "backward", lambda self: None)  # needs a real GPU
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)

@@ -318,8 +318,9 @@ def test_few_shot_keeps_so_many_of_every_class(toy):
     data = read_data(toy)
     few = common.few_shot(data, 3, seed=1)
     assert np.bincount([label for _, label in few.train]).tolist() == [3] * 6
-    assert set(few.train) <= set(data.train) and few.test == data.test
-    assert few.name == f"{data.name}-shots3" and common.few_shot(data, 0) is data
+    assert set(few.train) <= set(data.train)
+    assert (few.name, few.test) == (f"{data.name}-shots3", data.test)
+    assert common.few_shot(data, 0) is data
     assert common.few_shot(data, 3, seed=1) == few != common.few_shot(data, 3, seed=2)
     with pytest.raises(BadInput, match="--shots 9: growing has 8 training clips"):
         common.few_shot(data, 9)
@@ -331,7 +332,7 @@ def test_noisy_labels_are_wrong_in_their_share_of_training_alone(toy):
     pairs = list(zip(data.train, noisy.train, strict=True))
     assert all(old[0] == new[0] for old, new in pairs)
     assert sum(old != new for old, new in pairs) == round(.25 * len(pairs))
-    assert noisy.test == data.test and noisy.name == f"{data.name}-noise0.25"
+    assert (noisy.name, noisy.test) == (f"{data.name}-noise0.25", data.test)
     assert common.noisy_labels(data, 0) is data
     assert common.noisy_labels(data, .25, seed=1) == noisy != common.noisy_labels(data, .25, seed=2)
     assert all(old[1] != new[1] for old, new in

@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms.v2 import functional as TF
 
 import common
 from common import BadInput, BadVideo, ClipLoader, Clips, centre_crop, read_data, read_frames
@@ -280,6 +281,16 @@ def test_only_the_groups_that_are_needed_are_decoded(tmp_path):
         assert len(list(common.decode(tmp_path / "a.mp4", wanted))) == most
 
 
+@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "libx264"), ("a.mkv", "mpeg4")])
+def test_frames_that_nothing_refers_to_are_not_decoded(tmp_path, name, codec):
+    encode(tmp_path / name, moving(40), codec=codec, bf="3")
+    wanted, everything = [3, 30], whole(tmp_path / name)
+    assert torch.equal(read_frames(tmp_path / name, wanted), everything[wanted])
+    found = [at for at, _ in common.decode(tmp_path / name, wanted)]
+    assert set(wanted) < set(found)
+    assert len(found) < 25
+
+
 @pytest.mark.parametrize(("degrees", "turns"), [(0, 0), (90, -1), (180, 2), (270, 1)])
 def test_rotated_clips_are_turned_upright(shared, degrees, turns):
     path = shared / "odd-videos" / "decord" / f"video_{degrees}.mov"
@@ -498,9 +509,9 @@ def test_a_playlist_does_not_open_what_it_names(tmp_path, name, text):
 
 def epochs(clips, count=2, **options):
     """All batches of some epochs as (keys, labels, videos)."""
-    loader, out = ClipLoader(clips, **options), []
-    for loader.order.epoch in range(count):
-        out += [(batch.key, batch.label, batch.video) for batch in loader]
+    out = []
+    for _, batches in ClipLoader(clips, **options).epochs(0, count):
+        out += [(batch.key, batch.label, batch.video) for batch in batches]
     return out
 
 
@@ -532,10 +543,12 @@ def test_order_of_clips():
         keys = itertools.chain(*itertools.chain(*orders))
         assert sorted(i for _, i in keys) == list(range(25))
     order, seen = common.ClipOrder(25, 8, train=True), []
-    for order.epoch in (0, 1, 0):
-        seen.append([i for _, i in itertools.chain(*order)])
+    for epoch in (0, 1, 0):
+        seen.append([i for _, i in itertools.chain(*order.batches(epoch))])
         assert len(set(seen[-1])) == len(seen[-1]) == 24
     assert seen[0] == seen[2] != seen[1]
+    order.epochs = 1, 0
+    assert [i for _, i in itertools.chain(*order)] == seen[1] + seen[0]
     assert [i for _, i in itertools.chain(*common.ClipOrder(25, 8, True, seed=1))] != seen[0]
     with pytest.raises(BadInput, match="1 training clips: too few for 2 processes"):
         ClipLoader(Clips([("a", 0)], 4, train=True), 8, world=2)
@@ -563,8 +576,8 @@ def with_bad(toy, tmp_path, count, good=8):
 def test_training_replaces_a_bad_clip_and_names_it_once(toy, tmp_path, capsys):
     clips, bad, replaced = Clips(with_bad(toy, tmp_path, 1), 4, 32, train=True), {}, 0
     loader = ClipLoader(clips, 3, bad=bad)
-    for loader.order.epoch in range(5):
-        for batch in loader:
+    for _, batches in loader.epochs(0, 5):
+        for batch in batches:
             for video, label, (_, i), found in zip(*batch, strict=True):
                 assert video.shape == (4, 3, 32, 32)
                 assert label == clips.clips[i][1] != 99  # label and key of the clip in its place
@@ -611,11 +624,11 @@ def noise(T=4, height=40, width=56, seed=0):
 def test_augmentation_is_drawn_once_per_clip_by_its_generator():
     still, seen = noise(1).expand(6, -1, -1, -1), []
     for seed in range(20):
-        out = common.augment(still, 32, RNG(seed), True)
+        out = common.augment([still], 32, [RNG(seed)], [True])[0]
         assert out.shape == (6, 3, 32, 32)
         assert (out == out[:1]).all()
         assert 0 <= out.min() < out.max() <= 1
-        assert torch.equal(out, common.augment(still, 32, RNG(seed), True))
+        assert torch.equal(out, common.augment([still], 32, [RNG(seed)], [True])[0])
         seen.append(out)
     assert not torch.equal(seen[0], seen[1])
 
@@ -627,7 +640,7 @@ def test_flips_only_where_they_are_allowed(mirror):
     video[..., 16:] = 200
     flipped = 0
     for seed in range(40):
-        row = common.augment(video, 32, RNG(seed), mirror, scales=(1,)).mean((0, 1, 2))
+        row = common.augment([video], 32, [RNG(seed)], [mirror], scales=(1,)).mean((0, 1, 2, 3))
         flipped += row[:16].mean() > row[16:].mean()
     assert 10 < flipped < 30 if mirror else flipped == 0
 
@@ -635,11 +648,24 @@ def test_flips_only_where_they_are_allowed(mirror):
 def test_augmentation_crops_and_colours_as_said():
     grey, same, plain = 0, 0, noise(1, 64, 64)
     for seed in range(60):
-        out = common.augment(plain, 64, RNG(seed), False, scales=(1,))
+        out = common.augment([plain], 64, [RNG(seed)], [False], scales=(1,))[0]
         grey += (out[:, :1] == out).all()
-        same += torch.equal(out, plain / 255)
+        same += torch.allclose(out, plain / 255, atol=1e-5)
     assert 4 <= grey <= 22  # p .2
     assert 2 <= same <= 20  # p .2 * .8: neither jitter nor grey
+
+
+def test_jitter_is_torchvisions_one_clip_after_the_other():
+    clips = torch.stack([noise(2, 9, 7, seed) for seed in range(5)]) / 255
+    clips[0], clips[1, :, 1:] = .5, clips[1, :, :1]  # a plain clip, a grey one
+    factors = torch.tensor([[.6, 1.4, .8, -.1, 0], [1.4, .6, 1.2, .1, 0], [1, 1, 1, 0, 1],
+                            [1, 1, 1, 0, 0], [1.3, 1.2, 1.1, .05, 1]])
+    for clip, (bright, contrast, saturation, hue, grey), out in zip(
+            clips, factors.tolist(), common.jitter(clips, factors), strict=True):
+        clip = TF.adjust_contrast(TF.adjust_brightness(clip, bright), contrast)
+        clip = TF.adjust_hue(TF.adjust_saturation(clip, saturation), hue)
+        clip = TF.rgb_to_grayscale(clip, num_output_channels=3) if grey else clip
+        assert (out - clip).abs().max() < 1e-5
 
 
 def test_views_of_a_batch_are_those_of_its_clips():
