@@ -9,7 +9,7 @@ Each of the three feeds a network, as in CoViAR (Wu et al., CVPR 2018), with exi
 and 3. The networks learn from labels and are then frozen; the exits learn from a teacher's class
 scores. The paper finds flatter minima on I-frames than on residuals, and on these than on motion:
 so teachers go from the sharpest minimum to the flattest, "progressive" (PKD). Beside it, in as many
-steps: labels alone, the reverse order, the I-frames' network all the time.
+steps: labels alone, the reverse order, one network all the time.
 
 B clips with labels y, K classes; z_k (B, K): logits of exit k = 1..3; z_mv, z_r, z_i those of whole
 networks (exit 4); each the mean over a clip's S segments (the consensus).
@@ -17,7 +17,8 @@ networks (exit 4); each the mean over a clip's S segments (the consensus).
   (2) soft_cross_entropy  others: sum_k -1/B sum_b sum_c softmax(z_t/tau)_c log softmax(z_k/tau)_c,
                           sum over K, mean over B, no tau^2 and no labels; tau 1
   (3) teacher_at          t over the steps of a run:  progressive  mv 1/6, r 1/6, third 4/6
-                          anti, the reverse  third 4/6, r 1/6, mv 1/6;    iframe  i all the time
+                          anti, the reverse  third 4/6, r 1/6, mv 1/6
+                          iframe, self       i, or the network that the exits sit on, all the time
                           third: the network that the exits sit on (self), or i
 Exits share no weight and the networks are frozen: each exit gets its own gradient alone. Test clips
 get the class of the largest z_k.
@@ -83,7 +84,8 @@ DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if GPU else 
 if GPU:
     torch.cuda.set_device(DEVICE)
 MACHINE = torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU"
-STREAMS, ORDERS = ("mv", "r", "i"), ("ce", "progressive", "anti", "iframe")
+STREAMS = "mv", "r", "i"
+ORDERS = "ce", "progressive", "anti", "iframe", "self"
 
 # ---- the method: eqs. (1)-(3) --------------------------------------------------------------------
 
@@ -101,6 +103,8 @@ def teacher_at(step, steps, order, stream, third):
         return None
     if order == "iframe":
         return "i"
+    if order == "self":
+        return stream
     if order == "anti":
         step = steps - 1 - step
     last = stream if third == "self" else "i"
@@ -303,8 +307,9 @@ def cached_batches(cache, loader, epoch, crops):
         yield labels, dict(zip(STREAMS, (parts[:4], parts[4:8], parts[8:]), strict=True))
 
 
-def train_exits(streams, exits, data, mirror, args, flags, about, run, log):
-    """All exits of all orders, by eqs. (1)-(3), on the same batches; RUN/last.pt is the result."""
+def train_exits(streams, exits, data, held, mirror, args, flags, about, run, log):
+    """All exits of all orders, by eqs. (1)-(3), on the same batches, tested on the held-out clips
+    where teachers change; RUN/last.pt is the result."""
     streams.eval().requires_grad_(False)  # frozen, BatchNorm too
     clips = FixedCrops(data.train, args.segments, None, "coded", train=True, seed=args.seed,
                        copies=args.copies)
@@ -319,6 +324,7 @@ def train_exits(streams, exits, data, mirror, args, flags, about, run, log):
     cache = None if finished else feature_cache(streams, clips, mirror, args, data)
     wrapped = nn.parallel.DistributedDataParallel(exits) if WORLD > 1 else exits
     names = [f"{order}-{stream}" for order, stream in itertools.product(args.order, STREAMS)]
+    ends = [round(args.exit_epochs * sixth / 6) for sixth in (1, 2, 4, 5, 6)]
     for epoch, batches in loader.epochs(len(rows), args.exit_epochs):
         began, terms = time.time(), []
         exits.train()
@@ -341,6 +347,9 @@ def train_exits(streams, exits, data, mirror, args, flags, about, run, log):
         row = {"stage": "exits", "epoch": epoch + 1}
         row.update(zip(names, loader.mean(average(terms, exits), epoch), strict=True))
         row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
+        if held and epoch + 1 in ends:
+            found = by_name(evaluate(streams, exits, held, data.bad, args))
+            row.update({f"held-out {name}": x for name, x in found.items()})
         keep(row, rows, args.exit_epochs, path, flags, about, parts)
     log += rows
 
@@ -349,12 +358,12 @@ def train_exits(streams, exits, data, mirror, args, flags, about, run, log):
 
 
 @torch.no_grad()
-def evaluate(streams, exits, data, args):
-    """Top-1 of every exit on every test clip -> {order: {stream: [exit 1, 2, 3, 4]}}"""
+def evaluate(streams, exits, clips, bad, args):
+    """Top-1 of every exit on clips [(path, label)] -> {order: {stream: [exit 1, 2, 3, 4]}}"""
     streams.eval()
     exits.eval()
-    clips = common.Clips(data.test, args.segments, None, "coded", copies=args.copies)
-    loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
+    clips = common.Clips(clips, args.segments, None, "coded", copies=args.copies)
+    loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=bad)
     hits = torch.zeros(len(args.order) * 3, 4, device=DEVICE)
     for batch in tqdm(loader, "test", leave=False, disable=None):
         labels, outputs = run_frozen(streams, batch, None, args)
@@ -368,6 +377,24 @@ def evaluate(streams, exits, data, args):
     top1 = (hits / len(clips)).unflatten(0, (-1, 3)).tolist()
     return {order: dict(zip(STREAMS, rows, strict=True))
             for order, rows in zip(args.order, top1, strict=True)}
+
+
+def by_name(top1):
+    """What evaluate says of exits 1-3 -> {"order-streamk": top-1}"""
+    found = {}
+    for order, stream, k in itertools.product(top1, STREAMS, (1, 2, 3)):
+        found[f"{order}-{stream}{k}"] = top1[order][stream][k - 1]
+    return found
+
+
+def phases(log, orders):
+    """Top-1 on held-out clips, mean of exits 1-3 -> {stream: {order: [(epoch, top-1)]}}"""
+    curves = {stream: {} for stream in STREAMS}
+    tested = [row for row in log if f"held-out {orders[0]}-mv1" in row]
+    for row, stream, order in itertools.product(tested, STREAMS, orders):
+        found = [row[f"held-out {order}-{stream}{k}"] for k in (1, 2, 3)]
+        curves[stream].setdefault(order, []).append((row["epoch"], sum(found) / 3))
+    return curves
 
 
 def milliseconds(function):
@@ -577,16 +604,16 @@ def main(argv=None):
 
     train_streams(streams, data, mirror, args, flags, run, log)
     minima = flatness(streams, data, args) if args.flatness and RANK == 0 else []
-    train_exits(streams, exits, data, mirror, args, flags, about, run, log)
-    top1 = evaluate(streams, exits, data, args)
+    train_exits(streams, exits, data, held, mirror, args, flags, about, run, log)
+    top1 = evaluate(streams, exits, data.test, data.bad, args)
     if WORLD > 1:
         dist.destroy_process_group()
     if RANK == 0:
-        report(streams, exits, top1, minima, data, args, log, run, began)
+        report(streams, exits, top1, minima, data, held, args, log, run, began)
     return {"top1": top1, "flatness": minima}
 
 
-def report(streams, exits, top1, minima, data, args, log, run, began):
+def report(streams, exits, top1, minima, data, held, args, log, run, began):
     """Measure, with nothing else running; write record and picture; print tables and RESULT."""
     cost, rows = costs(streams, exits, args), []
     for stream, k in itertools.product(STREAMS, range(4)):
@@ -599,15 +626,23 @@ def report(streams, exits, top1, minima, data, args, log, run, began):
         mv, r, i = (row["trace"] for row in minima)
         print(f"{table(minima)}\nse: standard error. The paper's order of flatness, I < R < MV, "
               f"{'holds' if i < r < mv else 'does not hold'} here by the trace of the Hessian")
+    if held:
+        curves, rows = phases(log, args.order), []
+        for stream, order in itertools.product(STREAMS, args.order):
+            row = {"exits of": stream, "order": order}
+            rows.append(row | {f"epoch {n}": x for n, x in curves[stream][order]})
+        common.plot(curves, "epoch", "top-1 of held-out clips", run / "phases.png")
+        print(f"{table(rows)}\ntop-1 of {len(held)} held-out clips, mean of exits 1-3, at the ends "
+              f"of sixths 1, 2, 4, 5, 6 of the training")
+        print(f"NOTE {len(held)} training clips were held out: do not compare with published top-1")
     for note in data.notes():
         print(f"NOTE {note}")
     results = {"top1": top1, "cost": cost, "flatness": minima}
     write_record(run / "run.json", args, data, results, log, began)
     draw_streams(data, args, run / "run.png")
     scores = [f"{stream}4={top1[args.order[0]][stream][3]:.4f}" for stream in STREAMS]
-    for order, stream in itertools.product(args.order, STREAMS):
-        scores += [f"{order}-{stream}{k + 1}={top1[order][stream][k]:.4f}" for k in range(3)]
-    print(f"record, checkpoints, picture: {run}\nRESULT pkd_compressed data={data.name} "
+    scores += [f"{name}={x:.4f}" for name, x in by_name(top1).items()]
+    print(f"record, checkpoints, pictures: {run}\nRESULT pkd_compressed data={data.name} "
           f"split={args.split} seed={args.seed} {' '.join(scores)} "
           f"seconds={time.time() - began:.0f}")
 

@@ -29,6 +29,7 @@ from pkd_compressed import (
     flatness,
     main,
     parse,
+    phases,
     soft_cross_entropy,
     teacher_at,
     train_exits,
@@ -82,7 +83,9 @@ def base(coded, tmp_path_factory):
 
     def tests(*given):
         noted.training = set(read)
-        return evaluate(*given)
+        found = evaluate(*given)
+        read.intersection_update(noted.training)  # what tests read is another matter
+        return found
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "read_compressed", reads)
@@ -135,7 +138,7 @@ def test_teachers_change_at_a_sixth_and_a_third():
         for order in ORDERS:
             found[order] = [teacher_at(t, steps, order, stream, third) for t in range(steps)]
         assert found == {"ce": [None] * steps, "progressive": wanted, "anti": wanted[::-1],
-                         "iframe": ["i"] * steps}
+                         "iframe": ["i"] * steps, "self": [stream] * steps}
     assert wanted == ["mv"] * 50 + ["r"] * 50 + ["i"] * 200  # epochs of the paper's code
 
 
@@ -157,6 +160,25 @@ def test_no_held_out_and_no_test_clip_is_read_in_training(base, coded):
     assert len(held) == 12
     assert base.training == {path for path, _ in rest.train}
     assert not base.training & {path for path, _ in held + data.test}
+
+
+def test_held_out_clips_are_counted_at_the_ends_of_phases(base, coded):
+    """Of three epochs: after sixths 2 and 4 or 5, and at the end, where last.pt repeats it."""
+    rows = log(base.out)[2:]
+    names = [f"{order}-{stream}{k}" for order in ORDERS for stream in STREAMS for k in (1, 2, 3)]
+    for row in rows:
+        assert [key[9:] for key in row if key.startswith("held-out ")] == names
+    _, held = common.hold_out(common.read_data(coded), .2, 0)
+    right = recount(state(base.out), held)
+    for stream, k in itertools.product(STREAMS, (1, 2, 3)):
+        wanted = pytest.approx(right[stream, k - 1] / 12)
+        assert rows[-1][f"held-out progressive-{stream}{k}"] == wanted
+    curves = phases(log(base.out), ORDERS)
+    for stream, order in itertools.product(STREAMS, ORDERS):
+        own = [f"held-out {order}-{stream}{k}" for k in (1, 2, 3)]
+        assert curves[stream][order] == [(row["epoch"], sum(row[key] for key in own) / 3)
+                                         for row in rows]
+    assert next(base.out.rglob("phases.png")).stat().st_size > 10_000
 
 
 def test_without_the_cache_the_losses_are_the_same(base, coded, tmp_path, capsys):
@@ -184,10 +206,9 @@ def taught(streams, data, labels, run, *flags):
     args = parse([str(flag) for flag in ("--data", "none", *FAST, *flags)])
     nets, exits = networks(streams, orders=args.order)
     train = [(path, k) for (path, _), k in zip(data.train, labels, strict=True)]
-    train_exits(nets.train(), exits, dataclasses.replace(data, train=train), [False] * 12, args, {},
-                {}, run, [])  # nothing is flipped, since whether it may be depends on the label
-    return exits.state_dict(), evaluate(nets, exits, dataclasses.replace(data, test=data.train),
-                                        args)
+    train_exits(nets.train(), exits, dataclasses.replace(data, train=train), [], [False] * 12, args,
+                {}, {}, run, [])  # nothing is flipped, since whether it may be depends on the label
+    return exits.state_dict(), evaluate(nets, exits, data.train, {}, args)
 
 
 def test_exits_learn_from_a_teacher_alone(trained, coded, tmp_path):
@@ -258,7 +279,8 @@ def test_bad_training_clips_do_not_stop_the_test(coded):
     """Eleven may be few among many training clips, and yet be too many among the test clips."""
     data, args = common.read_data(coded), parse([str(f) for f in ("--data", "none", *FAST)])
     data.bad.update((f"{n}.mp4", "no readable video") for n in range(11))
-    assert evaluate(*networks(orders=args.order), data, args).keys() == {"ce", "progressive"}
+    found = evaluate(*networks(orders=args.order), data.test, data.bad, args)
+    assert found.keys() == {"ce", "progressive"}
 
 
 def test_costs_are_the_multiplications_of_what_runs(base):
@@ -350,14 +372,16 @@ def test_two_processes_follow_one(base, coded, tmp_path, run_script):
     assert done.stdout.count("RESULT") == 1
     saved, data = state(tmp_path), common.read_data(coded)
     args = parse([str(flag) for flag in ("--data", "none", *FAST, "--order", "all")])
-    top1 = evaluate(*networks(saved["streams"], saved["exits"]), data, args)
+    top1 = evaluate(*networks(saved["streams"], saved["exits"]), data.test, {}, args)
     assert top1 == json.loads(next(tmp_path.rglob("run.json")).read_text())["results"]["top1"]
     scores = {}
     for order, stream, k in itertools.product(ORDERS, STREAMS, range(3)):
         scores[f"{order}-{stream}{k + 1}"] = f"{top1[order][stream][k]:.4f}"
     assert scores.items() <= {tuple(pair.split("=")) for pair in result.split()[2:]}
     for own, row in zip(log(tmp_path), log(base.out), strict=True):
-        assert own == pytest.approx(row, rel=.2)
+        assert own.keys() == row.keys()
+        losses = [key for key in row if "held-out" not in key]
+        assert [own[key] for key in losses] == pytest.approx([row[k] for k in losses], rel=.2)
 
 
 # ---- clips that need another form, and mistakes
@@ -401,7 +425,7 @@ def test_reencoding_works_on_copies_and_so_does_inference(odd, tmp_path, monkeyp
     trained = set(read)
     results = wise_infer.main([str(flag) for flag in (*flags, "--l1", 1)])
     copies = {str(path) for path in (tmp_path / "cache").rglob("*.mp4")}
-    assert len(trained) == 4 + 3
+    assert trained == copies
     assert read == copies
     assert len(copies) == 4 + 4 + 3
     assert {path: path.read_bytes() for path in odd.rglob("*.*")} == before
