@@ -22,8 +22,10 @@ networks (exit 4); each the mean over a clip's S segments (the consensus).
                           third: the network that the exits sit on (self), or i
 Exits share no weight and the networks are frozen: each exit gets its own gradient alone. Test clips
 get the class of the largest z_k.
-Schedule: AdamW, lr 1e-3 (toys 3e-3), weight decay .01; linear warm-up in the first tenth of the
-steps, cosine to 0; networks 120 epochs (toys 24), then exits 60 (toys 24); batch 32.
+Schedule: AdamW, lr 1e-3 (toys 3e-3; with --imagenet CoViAR's eps 1e-3 and lr mv .01, r .005, i
+.0003, times .1 at the input of mv and r, .01 on the rest but the classifier), weight decay .01;
+linear warm-up in the first tenth of the steps, cosine to 0; networks 120 epochs (toys 24), then
+exits 60 (toys 24) at 1e-3 (toys 3e-3); batch 32.
 
   python pkd_compressed.py                     toy clips, ce and progressive, 2 minutes on 2 CPUs
   python pkd_compressed.py --order all --flatness
@@ -43,8 +45,8 @@ starts from unreleased Kinetics weights; BatchNorm moves in its "frozen" network
 bias is not trained; it reports each exit's best epoch on the test list, here it is the last. One
 crop and flip serve all streams and teachers, from a few fixed crops (--crops); the test view is the
 middle square. Motion and residuals: see common.py; copies have I-frames at scene cuts, too; exits
-see P-frames by segment, not by group. A fifth of the training clips is held out for wise_infer.py:
-no figure here compares with the paper's.
+see P-frames by segment, not by group. --holdout 0 trains on all clips, as the paper does; without
+it a fifth is held out for wise_infer.py, and no figure compares with the paper's.
 """
 import argparse
 import contextlib
@@ -180,11 +182,26 @@ def see(batch, args, mirror=None):
 autocast = functools.partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=GPU)
 
 
-def adamw(module, lr, steps):
+def learning_rate(name, args):
+    """Of a parameter of Streams or Exits; ImageNet's weights learn slowly, as in CoViAR's code."""
+    kind, stream, layer, *_ = name.split(".")
+    if kind == "heads":
+        return args.exit_lr
+    lr = args.lr[STREAMS.index(stream)]
+    if layer == "fc" or not args.imagenet:
+        return lr
+    return lr * (.1 if layer in ("input", "stem") and stream != "i" else args.backbone_factor)
+
+
+def adamw(module, args, steps, eps=1e-8):
     """AdamW, no decay on norms and biases; linear warm-up, then cosine to 0."""
-    groups = [{"params": [w for w in module.parameters() if w.ndim > 1], "weight_decay": .01},
-              {"params": [w for w in module.parameters() if w.ndim < 2], "weight_decay": 0.}]
-    optimizer, warm = torch.optim.AdamW(groups, lr, fused=True), max(1, steps // 10)
+    groups = {}
+    for name, w in module.named_parameters():
+        key = learning_rate(name, args), .01 * (w.ndim > 1)
+        group = {"params": [], "lr": key[0], "weight_decay": key[1]}
+        groups.setdefault(key, group)["params"].append(w)
+    optimizer = torch.optim.AdamW(list(groups.values()), eps=eps, fused=True)
+    warm = max(1, steps // 10)
     parts = [LinearLR(optimizer, 1 / warm, total_iters=warm),
              CosineAnnealingLR(optimizer, max(1, steps - warm))]
     return optimizer, SequentialLR(optimizer, parts, [warm])
@@ -241,7 +258,8 @@ def train_streams(streams, data, mirror, args, flags, run, log):
     clips = common.Clips(data.train, args.segments, None, "coded", train=True, seed=args.seed,
                          copies=args.copies)
     loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
-    optimizer, schedule = adamw(streams, args.lr, args.epochs * len(loader))
+    optimizer, schedule = adamw(streams, args, args.epochs * len(loader),
+                                1e-3 if args.imagenet else 1e-8)
     parts = {"streams": streams, "optimizer": optimizer, "schedule": schedule}
     path = run / "streams-last.pt"
     rows = resume(path, parts) if args.resume and path.exists() else []
@@ -316,7 +334,7 @@ def train_exits(streams, exits, data, held, mirror, args, flags, about, run, log
     clips.crops = args.crops
     loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
     steps = args.exit_epochs * len(loader)
-    optimizer, schedule = adamw(exits, args.lr, steps)
+    optimizer, schedule = adamw(exits, args, steps)
     parts = {"streams": streams, "exits": exits, "optimizer": optimizer, "schedule": schedule}
     path = run / "last.pt"
     rows = resume(path, parts) if args.resume and path.exists() else []
@@ -534,7 +552,10 @@ def parse(argv=None):
     add("--crops", type=int, default=2, help="fixed crops per clip for the exits")
     add("--cache-gb", type=float, default=16., help="limit of the feature cache; HMDB51 takes 72")
     add("--batch-size", type=int, default=32, help="of all processes together")
-    add("--lr", type=float, default=1e-3, help="3e-3 for toy networks")
+    add("--lr", type=float, nargs="+", default=[1e-3], help="of the networks mv, r, i, or one for "
+        "all; 3e-3 for toy networks; .01 .005 .0003 with --imagenet")
+    add("--backbone-factor", type=float, default=.01, help="on --lr for ImageNet's weights")
+    add("--exit-lr", type=float, default=1e-3, help="3e-3 for toy networks")
     add("--compile", action="store_true", help="torch.compile the three networks")
     add("--seed", type=int, default=0, help="of initial weights, order and augmentation")
     add("--out", default="runs", help="folder for runs and the cache")
@@ -544,8 +565,11 @@ def parse(argv=None):
     if args.data == "toy":
         parser.set_defaults(size=32, epochs=24, exit_epochs=24, networks=["toy"] * 3)
     if "toy" in parser.parse_known_args(argv)[0].networks:
-        parser.set_defaults(lr=3e-3)
+        parser.set_defaults(lr=[3e-3], exit_lr=3e-3)
+    if args.imagenet:
+        parser.set_defaults(lr=[.01, .005, .0003])
     args = parser.parse_args(argv)
+    args.lr = args.lr * 3 if len(args.lr) == 1 else args.lr
     args.order = list(ORDERS) if "all" in args.order else list(dict.fromkeys(args.order))
     copies = f"{args.out}/cache/{Path(args.data).resolve().name}-mpeg4"
     args.copies = copies if args.reencode else None
@@ -555,8 +579,10 @@ def parse(argv=None):
         parser.error("--workers takes 0 or more, --size 32 or more, --holdout 0 to 1")
     if not (0 <= args.seed < 2 ** 63 and args.shots >= 0 and 0 <= args.label_noise <= 1):
         parser.error("--seed, --shots take 0 or more, --label-noise 0 to 1")
-    if not (0 < args.lr < math.inf and 0 < args.tau < math.inf and args.cache_gb >= 0):
-        parser.error("--lr and --tau take more than 0, --cache-gb 0 or more")
+    if len(args.lr) != 3 or not args.cache_gb >= 0:
+        parser.error("--lr takes one value or three, --cache-gb 0 or more")
+    if not all(0 < x < math.inf for x in (*args.lr, args.exit_lr, args.backbone_factor, args.tau)):
+        parser.error("--lr, --exit-lr, --backbone-factor, --tau take more than 0")
     if args.batch_size * args.segments < 2:
         parser.error("BatchNorm needs two frames: --batch-size or --segments 2 or more")
     return args

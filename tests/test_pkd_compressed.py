@@ -23,6 +23,7 @@ from pkd_compressed import (
     STREAMS,
     Exits,
     Streams,
+    adamw,
     costs,
     evaluate,
     exits_loss,
@@ -237,6 +238,27 @@ def test_exits_learn_from_a_teacher_alone(trained, coded, tmp_path):
     assert np.array(list(top1["progressive"].values())).mean() < .15, top1
 
 
+def test_learning_rates_of_streams_and_of_imagenet_weights():
+    """The factors of CoViAR's code; without --imagenet a stream has one rate, toys 3e-3."""
+    nets, exits = networks()
+    for flags, own, rates in (
+            ((), (.003, .003, .003), (1, 1, 1)), (("--lr", .1, .2, .4), (.1, .2, .4), (1, 1, 1)),
+            (("--imagenet",), (.01, .005, .0003), (.1, .01, 1)),
+            (("--imagenet", "--lr", 1, "--backbone-factor", .5), (1, 1, 1), (.1, .5, 1))):
+        args = parse([str(flag) for flag in (*FAST, *flags)])
+        optimizer, _ = adamw(nets, args, 1)  # the first step of warm-up is the whole rate
+        found = {w: g for g in optimizer.param_groups for w in g["params"]}
+        assert len(found) == len(list(nets.parameters()))
+        for name, w in nets.named_parameters():
+            _, stream, layer, *_ = name.split(".")
+            first, rest, last = rates
+            factor = {"fc": last, "layers": rest}.get(layer, rest if stream == "i" else first)
+            assert found[w]["lr"] == pytest.approx(own[STREAMS.index(stream)] * factor), name
+            assert found[w]["weight_decay"] == (.01 if w.ndim > 1 else 0), name
+        optimizer, _ = adamw(exits, args, 1)
+        assert {group["lr"] for group in optimizer.param_groups} == {3e-3}
+
+
 # ---- testing
 
 
@@ -440,7 +462,7 @@ def test_mistakes_say_what_would_be_right(coded, tmp_path):
         with pytest.raises(common.BadInput, match=message):
             go("--data", coded, *FAST, "--out", tmp_path, *flags)
     for flags in (("--size", 16), ("--holdout", 1), ("--tau", 0), ("--order", "backwards"),
-                  ("--networks", "toy")):
+                  ("--networks", "toy"), ("--lr", 1, 2), ("--exit-lr", 0)):
         with pytest.raises(SystemExit) as caught:
             go("--data", coded, *flags)
         assert caught.value.code == 2
