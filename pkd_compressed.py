@@ -441,49 +441,85 @@ def costs(streams, exits, args):
     return found
 
 
-def flatness(streams, data, args, clips=128, probes=30, sizes=(.01, .03, .1)):
-    """How flat the minimum of each network is, on some training clips in the test view, BatchNorm
-    on running statistics: the trace of the Hessian H of the cross entropy (Hutchinson: E[v H v], v
-    of +1 and -1), and the rise of the loss with eps |w| u / |u|, u normal, added to each tensor w.
-    -> rows, mean and standard error over the probes"""
+def flatness(streams, exits, data, args, clips=128, **how):
+    """How flat the minima of networks and exits are, on some training clips in the test view. The
+    surer a network is, the flatter: so networks also with classifiers divided by what brings them
+    to the same loss. -> rows of minimum()"""
+    streams.eval()
+    exits.eval()
     chosen = np.random.default_rng(args.seed).permutation(len(data.train))[:clips]
     part = common.Clips([data.train[i] for i in chosen], args.segments, None, "coded",
                         copies=args.copies)
-    batches, rows = [], []
+    views, maps = {stream: [] for stream in STREAMS}, {stream: [] for stream in STREAMS}
     for batch in common.ClipLoader(part, args.batch_size, args.workers, 0, 1, data.bad):
-        batches.append((see(batch, args), torch.tensor(batch.label, device=DEVICE)))
-    for stream, net in streams.eval().nets.items():
-        draw = functools.partial(torch.randn, device=DEVICE,
-                                 generator=torch.Generator(DEVICE).manual_seed(args.seed))
-        weights, found = list(net.parameters()), {"trace": np.zeros(probes)}
-        loss = sum(share.item() for share in loss_shares(net, stream, batches))
-        for n in range(probes):
-            v = [draw(w.shape).sign() for w in weights]
-            for share in loss_shares(net, stream, batches):
-                slopes = torch.autograd.grad(share, weights, create_graph=True)
-                Hv = torch.autograd.grad(slopes, weights, v)
-                found["trace"][n] += sum((a * b).sum().item() for a, b in zip(Hv, v, strict=True))
-        for eps, _ in itertools.product(sizes, range(probes)):
-            near = copy.deepcopy(net).requires_grad_(False)
-            for w in near.parameters():
-                u = draw(w.shape)
-                w += eps * w.norm() * u / u.norm()
-            rise = sum(share.item() for share in loss_shares(near, stream, batches)) - loss
-            found.setdefault(f"rise{eps:g}", []).append(rise)
-        rows.append({"stream": stream, "M": sum(w.numel() for w in weights) / 1e6, "loss": loss})
-        for name, x in found.items():
-            se = np.std(x, ddof=1) / probes ** .5
-            rows[-1] |= {name: float(np.mean(x)), f"se {name}": float(se)}
+        labels, outputs = run_frozen(streams, batch, None, args)
+        for stream, x in see(batch, args).items():
+            views[stream].append((x, labels))
+            maps[stream].append((outputs[stream][:3], labels))
+    rows = [minimum(stream, net, views[stream], args, **how)
+            for stream, net in streams.nets.items()]
+    level = max(row["loss"] for row in rows)
+    for stream, net in streams.nets.items():
+        net = at_loss(level, net, views[stream], args.segments)
+        rows.append(minimum(f"{stream}, equal loss", net, views[stream], args, **how))
+    for order, stream in itertools.product(args.order, STREAMS):
+        heads = exits.heads[order][stream]
+        rows.append(minimum(f"{order}-{stream}", heads, maps[stream], args, **how))
     return rows
 
 
-def loss_shares(net, stream, batches):
-    """Yields each batch's share of the mean cross entropy, so that memory holds one graph. A clip
-    that cannot be decoded has label -1 and does not count."""
+def minimum(name, module, batches, args, probes=30, sizes=(.01, .03, .1)):
+    """The trace of the Hessian H of the cross entropy (Hutchinson: E[v H v], v of +1 and -1), and
+    the rise of the loss with eps |w| u / |u|, u normal, added to each tensor w; BatchNorm on
+    running statistics. -> row, mean and standard error over the probes"""
+    module, S = copy.deepcopy(module).requires_grad_(), args.segments
+    draw = functools.partial(torch.randn, device=DEVICE,
+                             generator=torch.Generator(DEVICE).manual_seed(args.seed))
+    weights, found = list(module.parameters()), {"trace": np.zeros(probes)}
+    loss = sum(share.item() for share in loss_shares(module, batches, S))
+    for n in range(probes):
+        v = [draw(w.shape).sign() for w in weights]
+        for share in loss_shares(module, batches, S):
+            slopes = torch.autograd.grad(share, weights, create_graph=True)
+            Hv = torch.autograd.grad(slopes, weights, v)
+            found["trace"][n] += sum((a * b).sum().item() for a, b in zip(Hv, v, strict=True))
+    for eps, _ in itertools.product(sizes, range(probes)):
+        near = copy.deepcopy(module).requires_grad_(False)
+        for w in near.parameters():
+            u = draw(w.shape)
+            w += eps * w.norm() * u / u.norm()
+        rise = sum(share.item() for share in loss_shares(near, batches, S)) - loss
+        found.setdefault(f"rise{eps:g}", []).append(rise)
+    row = {"minimum": name, "M": sum(w.numel() for w in weights) / 1e6, "loss": loss}
+    for key, x in found.items():
+        row |= {key: float(np.mean(x)), f"se {key}": float(np.std(x, ddof=1) / probes ** .5)}
+    return row
+
+
+@torch.no_grad()
+def at_loss(level, net, batches, S):
+    """A copy whose classifier is divided by tau >= 1 so that its loss is `level`"""
+    low, high = 0., 10.  # ln tau
+    for _ in range(20):
+        near, middle = copy.deepcopy(net), (low + high) / 2
+        for w in near.fc.parameters():
+            w /= math.exp(middle)
+        less = sum(share.item() for share in loss_shares(near, batches, S)) < level
+        low, high = (middle, high) if less else (low, middle)
+    return near
+
+
+def loss_shares(module, batches, S):
+    """Yields each batch's share of the mean cross entropy, of exits the sum of three, so that
+    memory holds one graph. A clip that cannot be decoded has label -1 and does not count."""
     count = sum((labels >= 0).sum() for _, labels in batches)
     for x, labels in batches:
-        z = net(x[stream])[1]
-        yield F.cross_entropy(z, labels, ignore_index=-1, reduction="sum") / count
+        if isinstance(module, nn.ModuleList):  # exits
+            logits = [head(f, S) for head, f in zip(module, x, strict=True)]
+        else:
+            logits = [module(x)[1]]
+        yield sum(F.cross_entropy(z, labels, ignore_index=-1, reduction="sum")
+                  for z in logits) / count
 
 
 def draw_streams(data, args, path):
@@ -546,7 +582,7 @@ def parse(argv=None):
     add("--order", nargs="+", choices=[*ORDERS, "all"], default=["ce", "progressive"], help="eq. 3")
     add("--third-teacher", choices=("self", "i"), default="self", help="of eq. (3)")
     add("--tau", type=float, default=1., help="temperature of eq. (2)")
-    add("--flatness", action="store_true", help="measure how flat the three minima are")
+    add("--flatness", action="store_true", help="measure how flat the minima are")
     add("--epochs", type=int, default=120, help="of the networks; 24 for toy clips")
     add("--exit-epochs", type=int, default=60, help="of the exits; 24 for toy clips")
     add("--crops", type=int, default=2, help="fixed crops per clip for the exits")
@@ -629,8 +665,8 @@ def main(argv=None):
         print(f"{data}, {len(held)} held out; {WORLD} process(es), {MACHINE}", flush=True)
 
     train_streams(streams, data, mirror, args, flags, run, log)
-    minima = flatness(streams, data, args) if args.flatness and RANK == 0 else []
     train_exits(streams, exits, data, held, mirror, args, flags, about, run, log)
+    minima = flatness(streams, exits, data, args) if args.flatness and RANK == 0 else []
     top1 = evaluate(streams, exits, data.test, data.bad, args)
     if WORLD > 1:
         dist.destroy_process_group()
@@ -649,9 +685,10 @@ def report(streams, exits, top1, minima, data, held, args, log, run, began):
     print(f"{table(rows)}\ntop-1 of {len(data.test)} test clips, chance 1/{len(data.classes)}. "
           f"GMAC, ms: of a clip, with the exits before; exit 4: the network's own")
     if minima:
-        mv, r, i = (row["trace"] for row in minima)
-        print(f"{table(minima)}\nse: standard error. The paper's order of flatness, I < R < MV, "
-              f"{'holds' if i < r < mv else 'does not hold'} here by the trace of the Hessian")
+        print(f"{table(minima)}\nse: standard error; of exits, the sum of three")
+        for what, (mv, r, i) in (("", minima[:3]), (" at equal loss", minima[3:6])):
+            holds = "holds" if i["trace"] < r["trace"] < mv["trace"] else "does not hold"
+            print(f"The paper's order of flatness, I < R < MV, {holds} by the trace{what}")
     if held:
         curves, rows = phases(log, args.order), []
         for stream, order in itertools.product(STREAMS, args.order):

@@ -29,6 +29,7 @@ from pkd_compressed import (
     exits_loss,
     flatness,
     main,
+    minimum,
     parse,
     phases,
     soft_cross_entropy,
@@ -329,29 +330,30 @@ class Constant(nn.Module):
     """Logits b + c, whatever the clip: at b = c = 1 and with as many clips of each of K classes the
     loss is log K, at a minimum; its Hessian has diag(p) - p p^, p = 1/K, once for each tensor."""
 
-    def __init__(self, channels):
+    def __init__(self):
         super().__init__()
-        self.channels = channels
         self.b, self.c = nn.Parameter(torch.ones(12)), nn.Parameter(torch.ones(12))
 
-    def forward(self, x):
-        assert x.shape[1:] == (1, self.channels, 32, 32)
-        return [], (self.b + self.c).expand(len(x), 12)
+    def forward(self, x, S=None):
+        z = (self.b + self.c).expand(len(x), 12)
+        return z if S else ([], z)  # an exit, or a network
 
 
-def test_flatness_in_closed_form_and_weights_are_put_back(coded, tmp_path):
+@pytest.mark.parametrize("exits", [1, 3])
+def test_flatness_in_closed_form_and_weights_are_put_back(exits):
     """Two tensors, each with the trace K (1/K) (1 - 1/K). Noise of length e |w| in K dimensions
-    adds e^2/2 |w|^2/K times the trace. A clip that cannot be decoded does not count."""
-    data, streams, args = common.read_data(coded), nn.Module(), parse([*map(str, FAST)])
-    data.train.append((str(tmp_path / "gone.mp4"), 0))
-    streams.nets = nn.ModuleDict({s: Constant(2 if s == "mv" else 3) for s in STREAMS})
-    for row in flatness(streams, data, args, probes=300, sizes=(.01, .03)):
-        assert row["loss"] == pytest.approx(np.log(12))
-        for name, wanted in (("trace", 2 * 11 / 12), ("rise0.01", .01 ** 2 * 11 / 12),
-                             ("rise0.03", .03 ** 2 * 11 / 12)):
-            assert 0 < row[f"se {name}"] < .1 * wanted
-            assert abs(row[name] - wanted) < 4 * row[f"se {name}"] + .01 * wanted, name
-    assert all((w == 1).all() for w in streams.parameters())
+    adds e^2/2 |w|^2/K times the trace. A clip that cannot be decoded, -1, does not count."""
+    args, labels = parse([*map(str, FAST)]), torch.tensor([*range(12), -1]).split(8)
+    module = nn.ModuleList([Constant() for _ in range(3)]) if exits == 3 else Constant()
+    batches = [([own] * 3 if exits == 3 else own, own) for own in labels]
+    row = minimum("", module, batches, args, probes=300, sizes=(.01, .03))
+    assert row["loss"] == pytest.approx(exits * np.log(12))
+    for name, wanted in (("trace", 2 * 11 / 12), ("rise0.01", .01 ** 2 * 11 / 12),
+                         ("rise0.03", .03 ** 2 * 11 / 12)):
+        wanted *= exits
+        assert 0 < row[f"se {name}"] < .1 * wanted
+        assert abs(row[name] - wanted) < 4 * row[f"se {name}"] + .01 * wanted, name
+    assert all((w == 1).all() and w.grad is None for w in module.parameters())
 
 
 # ---- kills and processes
@@ -451,7 +453,11 @@ def test_reencoding_works_on_copies_and_so_does_inference(odd, tmp_path, monkeyp
     assert read == copies
     assert len(copies) == 4 + 4 + 3
     assert {path: path.read_bytes() for path in odd.rglob("*.*")} == before
-    assert [row["stream"] for row in found["flatness"]] == list(STREAMS)
+    rows, equal = found["flatness"], [f"{stream}, equal loss" for stream in STREAMS]
+    own = [f"{order}-{stream}" for order in ("ce", "progressive") for stream in STREAMS]
+    assert [row["minimum"] for row in rows] == [*STREAMS, *equal, *own]
+    level = max(row["loss"] for row in rows[:3])
+    assert [row["loss"] for row in rows[3:6]] == pytest.approx([level] * 3, rel=1e-3)
     assert results["last"] == pytest.approx(found["top1"]["progressive"]["i"][3])
 
 
