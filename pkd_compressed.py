@@ -9,7 +9,7 @@ Each of the three feeds a network, as in CoViAR (Wu et al., CVPR 2018), with exi
 and 3. The networks learn from labels and are then frozen; the exits learn from a teacher's class
 scores. The paper finds flatter minima on I-frames than on residuals, and on these than on motion:
 so teachers go from the sharpest minimum to the flattest, "progressive" (PKD). Beside it, in as many
-steps: labels alone, the reverse order, the I-frames' network all the time.
+steps: labels alone, the reverse order, one network all the time.
 
 B clips with labels y, K classes; z_k (B, K): logits of exit k = 1..3; z_mv, z_r, z_i those of whole
 networks (exit 4); each the mean over a clip's S segments (the consensus).
@@ -17,11 +17,14 @@ networks (exit 4); each the mean over a clip's S segments (the consensus).
   (2) soft_cross_entropy  others: sum_k -1/B sum_b sum_c softmax(z_t/tau)_c log softmax(z_k/tau)_c,
                           sum over K, mean over B, no tau^2 and no labels; tau 1
   (3) teacher_at          t over the steps of a run:  progressive  mv 1/6, r 1/6, third 4/6
-                          anti, the reverse  third 4/6, r 1/6, mv 1/6;    iframe  i all the time
+                          anti, the reverse  third 4/6, r 1/6, mv 1/6
+                          iframe, self       i, or the network that the exits sit on, all the time
                           third: the network that the exits sit on (self), or i
 Exits share no weight, networks are frozen: each exit learns alone. Class: the largest z_k.
-Schedule: AdamW, lr 1e-3 (toys 3e-3), weight decay .01; linear warm-up in the first tenth of the
-steps, cosine to 0; networks 120 epochs (toys 24), then exits 60 (toys 24); batch 32.
+Schedule: AdamW, lr 1e-3 (toys 3e-3; with --imagenet CoViAR's eps 1e-3 and lr mv .01, r .005, i
+.0003, times .1 at the input of mv and r, .01 on the rest but the classifier), weight decay .01;
+linear warm-up in the first tenth of the steps, cosine to 0; networks 120 epochs (toys 24), then
+exits 60 (toys 24) at 1e-3 (toys 3e-3); batch 32.
 
   python pkd_compressed.py                     toy clips, ce and progressive, 2 minutes on 2 CPUs
   python pkd_compressed.py --order all --flatness
@@ -41,8 +44,8 @@ starts from unreleased Kinetics weights; BatchNorm moves in its "frozen" network
 bias is not trained; it reports each exit's best epoch on the test list, here it is the last. One
 crop and flip serve all streams and teachers, from a few fixed crops (--crops); the test view is the
 middle square. Motion and residuals: see common.py; copies have I-frames at scene cuts, too; exits
-see P-frames by segment, not by group. A fifth of the training clips is held out for wise_infer.py:
-no figure here compares with the paper's.
+see P-frames by segment, not by group. --holdout 0 trains on all clips, as the paper does; without
+it a fifth is held out for wise_infer.py, and no figure compares with the paper's.
 """
 import argparse
 import contextlib
@@ -82,7 +85,8 @@ DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if GPU else 
 if GPU:
     torch.cuda.set_device(DEVICE)
 MACHINE = torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU"
-STREAMS, ORDERS = ("mv", "r", "i"), ("ce", "progressive", "anti", "iframe")
+STREAMS = "mv", "r", "i"
+ORDERS = "ce", "progressive", "anti", "iframe", "self"
 
 # ---- the method: eqs. (1)-(3) --------------------------------------------------------------------
 
@@ -100,6 +104,8 @@ def teacher_at(step, steps, order, stream, third):
         return None
     if order == "iframe":
         return "i"
+    if order == "self":
+        return stream
     if order == "anti":
         step = steps - 1 - step
     last = stream if third == "self" else "i"
@@ -175,11 +181,26 @@ def see(batch, args, mirror=None):
 autocast = functools.partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=GPU)
 
 
-def adamw(module, lr, steps):
+def learning_rate(name, args):
+    """Of a parameter of Streams or Exits; ImageNet's weights learn slowly, as in CoViAR's code."""
+    kind, stream, layer, *_ = name.split(".")
+    if kind == "heads":
+        return args.exit_lr
+    lr = args.lr[STREAMS.index(stream)]
+    if layer == "fc" or not args.imagenet:
+        return lr
+    return lr * (.1 if layer in ("input", "stem") and stream != "i" else args.backbone_factor)
+
+
+def adamw(module, args, steps, eps=1e-8):
     """AdamW, no decay on norms and biases; linear warm-up, then cosine to 0."""
-    groups = [{"params": [w for w in module.parameters() if w.ndim > 1], "weight_decay": .01},
-              {"params": [w for w in module.parameters() if w.ndim < 2], "weight_decay": 0.}]
-    optimizer, warm = torch.optim.AdamW(groups, lr, fused=True), max(1, steps // 10)
+    groups = {}
+    for name, w in module.named_parameters():
+        key = learning_rate(name, args), .01 * (w.ndim > 1)
+        group = {"params": [], "lr": key[0], "weight_decay": key[1]}
+        groups.setdefault(key, group)["params"].append(w)
+    optimizer = torch.optim.AdamW(list(groups.values()), eps=eps, fused=True)
+    warm = max(1, steps // 10)
     parts = [LinearLR(optimizer, 1 / warm, total_iters=warm),
              CosineAnnealingLR(optimizer, max(1, steps - warm))]
     return optimizer, SequentialLR(optimizer, parts, [warm])
@@ -236,7 +257,8 @@ def train_streams(streams, data, mirror, args, flags, run, log):
     clips = common.Clips(data.train, args.segments, None, "coded", train=True, seed=args.seed,
                          copies=args.copies)
     loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
-    optimizer, schedule = adamw(streams, args.lr, args.epochs * len(loader))
+    optimizer, schedule = adamw(streams, args, args.epochs * len(loader),
+                                1e-3 if args.imagenet else 1e-8)
     parts = {"streams": streams, "optimizer": optimizer, "schedule": schedule}
     path = run / "streams-last.pt"
     rows = resume(path, parts) if args.resume and path.exists() else []
@@ -304,15 +326,16 @@ def cached_batches(cache, loader, epoch, crops):
         yield labels, dict(zip(STREAMS, (parts[:4], parts[4:8], parts[8:]), strict=True))
 
 
-def train_exits(streams, exits, data, mirror, args, flags, about, run, log):
-    """All exits of all orders, by eqs. (1)-(3), on the same batches; RUN/last.pt is the result."""
+def train_exits(streams, exits, data, held, mirror, args, flags, about, run, log):
+    """All exits of all orders, by eqs. (1)-(3), on the same batches, tested on the held-out clips
+    where teachers change; RUN/last.pt is the result."""
     streams.eval().requires_grad_(False)  # frozen, BatchNorm too
     clips = FixedCrops(data.train, args.segments, None, "coded", train=True, seed=args.seed,
                        copies=args.copies)
     clips.crops = args.crops
     loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
     steps = args.exit_epochs * len(loader)
-    optimizer, schedule = adamw(exits, args.lr, steps)
+    optimizer, schedule = adamw(exits, args, steps)
     parts = {"streams": streams, "exits": exits, "optimizer": optimizer, "schedule": schedule}
     path = run / "last.pt"
     rows = resume(path, parts) if args.resume and path.exists() else []
@@ -320,6 +343,7 @@ def train_exits(streams, exits, data, mirror, args, flags, about, run, log):
     cache = None if finished else feature_cache(streams, clips, mirror, args, data)
     wrapped = nn.parallel.DistributedDataParallel(exits) if WORLD > 1 else exits
     names = [f"{order}-{stream}" for order, stream in itertools.product(args.order, STREAMS)]
+    ends = [round(args.exit_epochs * sixth / 6) for sixth in (1, 2, 4, 5, 6)]
     for epoch, batches in loader.epochs(len(rows), args.exit_epochs):
         began, terms = time.time(), []
         exits.train()
@@ -342,6 +366,9 @@ def train_exits(streams, exits, data, mirror, args, flags, about, run, log):
         row = {"stage": "exits", "epoch": epoch + 1}
         row.update(zip(names, loader.mean(average(terms, exits), epoch), strict=True))
         row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
+        if held and epoch + 1 in ends:
+            found = by_name(evaluate(streams, exits, held, data.bad, args))
+            row.update({f"held-out {name}": x for name, x in found.items()})
         keep(row, rows, args.exit_epochs, path, flags, about, parts)
     log += rows
 
@@ -350,12 +377,12 @@ def train_exits(streams, exits, data, mirror, args, flags, about, run, log):
 
 
 @torch.no_grad()
-def evaluate(streams, exits, data, args):
-    """Top-1 of every exit on every test clip -> {order: {stream: [exit 1, 2, 3, 4]}}"""
+def evaluate(streams, exits, clips, bad, args):
+    """Top-1 of every exit on clips [(path, label)] -> {order: {stream: [exit 1, 2, 3, 4]}}"""
     streams.eval()
     exits.eval()
-    clips = common.Clips(data.test, args.segments, None, "coded", copies=args.copies)
-    loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
+    clips = common.Clips(clips, args.segments, None, "coded", copies=args.copies)
+    loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=bad)
     hits = torch.zeros(len(args.order) * 3, 4, device=DEVICE)
     for batch in tqdm(loader, "test", leave=False, disable=None):
         labels, outputs = run_frozen(streams, batch, None, args)
@@ -369,6 +396,24 @@ def evaluate(streams, exits, data, args):
     top1 = (hits / len(clips)).unflatten(0, (-1, 3)).tolist()
     return {order: dict(zip(STREAMS, rows, strict=True))
             for order, rows in zip(args.order, top1, strict=True)}
+
+
+def by_name(top1):
+    """What evaluate says of exits 1-3 -> {"order-streamk": top-1}"""
+    found = {}
+    for order, stream, k in itertools.product(top1, STREAMS, (1, 2, 3)):
+        found[f"{order}-{stream}{k}"] = top1[order][stream][k - 1]
+    return found
+
+
+def phases(log, orders):
+    """Top-1 on held-out clips, mean of exits 1-3 -> {stream: {order: [(epoch, top-1)]}}"""
+    curves = {stream: {} for stream in STREAMS}
+    tested = [row for row in log if f"held-out {orders[0]}-mv1" in row]
+    for row, stream, order in itertools.product(tested, STREAMS, orders):
+        found = [row[f"held-out {order}-{stream}{k}"] for k in (1, 2, 3)]
+        curves[stream].setdefault(order, []).append((row["epoch"], sum(found) / 3))
+    return curves
 
 
 def milliseconds(function):
@@ -395,49 +440,85 @@ def costs(streams, exits, args):
     return found
 
 
-def flatness(streams, data, args, clips=128, probes=30, sizes=(.01, .03, .1)):
-    """How flat the minimum of each network is, on some training clips in the test view, BatchNorm
-    on running statistics: the trace of the Hessian H of the cross entropy (Hutchinson: E[v H v], v
-    of +1 and -1), and the rise of the loss with eps |w| u / |u|, u normal, added to each tensor w.
-    -> rows, mean and standard error over the probes"""
+def flatness(streams, exits, data, args, clips=128, **how):
+    """How flat the minima of networks and exits are, on some training clips in the test view. The
+    surer a network is, the flatter: so networks also with classifiers divided by what brings them
+    to the same loss. -> rows of minimum()"""
+    streams.eval()
+    exits.eval()
     chosen = np.random.default_rng(args.seed).permutation(len(data.train))[:clips]
     part = common.Clips([data.train[i] for i in chosen], args.segments, None, "coded",
                         copies=args.copies)
-    batches, rows = [], []
+    views, maps = {stream: [] for stream in STREAMS}, {stream: [] for stream in STREAMS}
     for batch in common.ClipLoader(part, args.batch_size, args.workers, 0, 1, data.bad):
-        batches.append((see(batch, args), torch.tensor(batch.label, device=DEVICE)))
-    for stream, net in streams.eval().nets.items():
-        draw = functools.partial(torch.randn, device=DEVICE,
-                                 generator=torch.Generator(DEVICE).manual_seed(args.seed))
-        weights, found = list(net.parameters()), {"trace": np.zeros(probes)}
-        loss = sum(share.item() for share in loss_shares(net, stream, batches))
-        for n in range(probes):
-            v = [draw(w.shape).sign() for w in weights]
-            for share in loss_shares(net, stream, batches):
-                slopes = torch.autograd.grad(share, weights, create_graph=True)
-                Hv = torch.autograd.grad(slopes, weights, v)
-                found["trace"][n] += sum((a * b).sum().item() for a, b in zip(Hv, v, strict=True))
-        for eps, _ in itertools.product(sizes, range(probes)):
-            near = copy.deepcopy(net).requires_grad_(False)
-            for w in near.parameters():
-                u = draw(w.shape)
-                w += eps * w.norm() * u / u.norm()
-            rise = sum(share.item() for share in loss_shares(near, stream, batches)) - loss
-            found.setdefault(f"rise{eps:g}", []).append(rise)
-        rows.append({"stream": stream, "M": sum(w.numel() for w in weights) / 1e6, "loss": loss})
-        for name, x in found.items():
-            se = np.std(x, ddof=1) / probes ** .5
-            rows[-1] |= {name: float(np.mean(x)), f"se {name}": float(se)}
+        labels, outputs = run_frozen(streams, batch, None, args)
+        for stream, x in see(batch, args).items():
+            views[stream].append((x, labels))
+            maps[stream].append((outputs[stream][:3], labels))
+    rows = [minimum(stream, net, views[stream], args, **how)
+            for stream, net in streams.nets.items()]
+    level = max(row["loss"] for row in rows)
+    for stream, net in streams.nets.items():
+        net = at_loss(level, net, views[stream], args.segments)
+        rows.append(minimum(f"{stream}, equal loss", net, views[stream], args, **how))
+    for order, stream in itertools.product(args.order, STREAMS):
+        heads = exits.heads[order][stream]
+        rows.append(minimum(f"{order}-{stream}", heads, maps[stream], args, **how))
     return rows
 
 
-def loss_shares(net, stream, batches):
-    """Yields each batch's share of the mean cross entropy, so that memory holds one graph. A clip
-    that cannot be decoded has label -1 and does not count."""
+def minimum(name, module, batches, args, probes=30, sizes=(.01, .03, .1)):
+    """The trace of the Hessian H of the cross entropy (Hutchinson: E[v H v], v of +1 and -1), and
+    the rise of the loss with eps |w| u / |u|, u normal, added to each tensor w; BatchNorm on
+    running statistics. -> row, mean and standard error over the probes"""
+    module, S = copy.deepcopy(module).requires_grad_(), args.segments
+    draw = functools.partial(torch.randn, device=DEVICE,
+                             generator=torch.Generator(DEVICE).manual_seed(args.seed))
+    weights, found = list(module.parameters()), {"trace": np.zeros(probes)}
+    loss = sum(share.item() for share in loss_shares(module, batches, S))
+    for n in range(probes):
+        v = [draw(w.shape).sign() for w in weights]
+        for share in loss_shares(module, batches, S):
+            slopes = torch.autograd.grad(share, weights, create_graph=True)
+            Hv = torch.autograd.grad(slopes, weights, v)
+            found["trace"][n] += sum((a * b).sum().item() for a, b in zip(Hv, v, strict=True))
+    for eps, _ in itertools.product(sizes, range(probes)):
+        near = copy.deepcopy(module).requires_grad_(False)
+        for w in near.parameters():
+            u = draw(w.shape)
+            w += eps * w.norm() * u / u.norm()
+        rise = sum(share.item() for share in loss_shares(near, batches, S)) - loss
+        found.setdefault(f"rise{eps:g}", []).append(rise)
+    row = {"minimum": name, "M": sum(w.numel() for w in weights) / 1e6, "loss": loss}
+    for key, x in found.items():
+        row |= {key: float(np.mean(x)), f"se {key}": float(np.std(x, ddof=1) / probes ** .5)}
+    return row
+
+
+@torch.no_grad()
+def at_loss(level, net, batches, S):
+    """A copy whose classifier is divided by tau >= 1 so that its loss is `level`"""
+    low, high = 0., 10.  # ln tau
+    for _ in range(20):
+        near, middle = copy.deepcopy(net), (low + high) / 2
+        for w in near.fc.parameters():
+            w /= math.exp(middle)
+        less = sum(share.item() for share in loss_shares(near, batches, S)) < level
+        low, high = (middle, high) if less else (low, middle)
+    return near
+
+
+def loss_shares(module, batches, S):
+    """Yields each batch's share of the mean cross entropy, of exits the sum of three, so that
+    memory holds one graph. A clip that cannot be decoded has label -1 and does not count."""
     count = sum((labels >= 0).sum() for _, labels in batches)
     for x, labels in batches:
-        z = net(x[stream])[1]
-        yield F.cross_entropy(z, labels, ignore_index=-1, reduction="sum") / count
+        if isinstance(module, nn.ModuleList):  # exits
+            logits = [head(f, S) for head, f in zip(module, x, strict=True)]
+        else:
+            logits = [module(x)[1]]
+        yield sum(F.cross_entropy(z, labels, ignore_index=-1, reduction="sum")
+                  for z in logits) / count
 
 
 def draw_streams(data, args, path):
@@ -501,13 +582,16 @@ def parse(argv=None):
     add("--third-teacher", choices=("self", "i"), default="self", help="of eq. (3)")
     add("--tau", type=float, default=1., help="temperature of eq. (2)")
     add("--degrade", choices=STREAMS, help="this network stops learning after one epoch")
-    add("--flatness", action="store_true", help="measure how flat the three minima are")
+    add("--flatness", action="store_true", help="measure how flat the minima are")
     add("--epochs", type=int, default=120, help="of the networks; 24 for toy clips")
     add("--exit-epochs", type=int, default=60, help="of the exits; 24 for toy clips")
     add("--crops", type=int, default=2, help="fixed crops per clip for the exits")
     add("--cache-gb", type=float, default=16., help="limit of the feature cache; HMDB51 takes 72")
     add("--batch-size", type=int, default=32, help="of all processes together")
-    add("--lr", type=float, default=1e-3, help="3e-3 for toy networks")
+    add("--lr", type=float, nargs="+", default=[1e-3], help="of the networks mv, r, i, or one for "
+        "all; 3e-3 for toy networks; .01 .005 .0003 with --imagenet")
+    add("--backbone-factor", type=float, default=.01, help="on --lr for ImageNet's weights")
+    add("--exit-lr", type=float, default=1e-3, help="3e-3 for toy networks")
     add("--compile", action="store_true", help="torch.compile the three networks")
     add("--seed", type=int, default=0, help="of initial weights, order and augmentation")
     add("--out", default="runs", help="folder for runs and the cache")
@@ -517,8 +601,11 @@ def parse(argv=None):
     if args.data == "toy":
         parser.set_defaults(size=32, epochs=24, exit_epochs=24, networks=["toy"] * 3)
     if "toy" in parser.parse_known_args(argv)[0].networks:
-        parser.set_defaults(lr=3e-3)
+        parser.set_defaults(lr=[3e-3], exit_lr=3e-3)
+    if args.imagenet:
+        parser.set_defaults(lr=[.01, .005, .0003])
     args = parser.parse_args(argv)
+    args.lr = args.lr * 3 if len(args.lr) == 1 else args.lr
     args.order = list(ORDERS) if "all" in args.order else list(dict.fromkeys(args.order))
     copies = f"{args.out}/cache/{Path(args.data).resolve().name}-mpeg4"
     args.copies = copies if args.reencode else None
@@ -528,8 +615,10 @@ def parse(argv=None):
         parser.error("--workers takes 0 or more, --size 32 or more, --holdout 0 to 1")
     if not (0 <= args.seed < 2 ** 63 and args.shots >= 0 and 0 <= args.label_noise <= 1):
         parser.error("--seed, --shots take 0 or more, --label-noise 0 to 1")
-    if not (0 < args.lr < math.inf and 0 < args.tau < math.inf and args.cache_gb >= 0):
-        parser.error("--lr and --tau take more than 0, --cache-gb 0 or more")
+    if len(args.lr) != 3 or not args.cache_gb >= 0:
+        parser.error("--lr takes one value or three, --cache-gb 0 or more")
+    if not all(0 < x < math.inf for x in (*args.lr, args.exit_lr, args.backbone_factor, args.tau)):
+        parser.error("--lr, --exit-lr, --backbone-factor, --tau take more than 0")
     if args.batch_size * args.segments < 2:
         parser.error("BatchNorm needs two frames: --batch-size or --segments 2 or more")
     return args
@@ -576,17 +665,17 @@ def main(argv=None):
         print(f"{data}, {len(held)} held out; {WORLD} process(es), {MACHINE}", flush=True)
 
     train_streams(streams, data, mirror, args, flags, run, log)
-    minima = flatness(streams, data, args) if args.flatness and RANK == 0 else []
-    train_exits(streams, exits, data, mirror, args, flags, about, run, log)
-    top1 = evaluate(streams, exits, data, args)
+    train_exits(streams, exits, data, held, mirror, args, flags, about, run, log)
+    minima = flatness(streams, exits, data, args) if args.flatness and RANK == 0 else []
+    top1 = evaluate(streams, exits, data.test, data.bad, args)
     if WORLD > 1:
         dist.destroy_process_group()
     if RANK == 0:
-        report(streams, exits, top1, minima, data, args, log, run, began)
+        report(streams, exits, top1, minima, data, held, args, log, run, began)
     return {"top1": top1, "flatness": minima}
 
 
-def report(streams, exits, top1, minima, data, args, log, run, began):
+def report(streams, exits, top1, minima, data, held, args, log, run, began):
     """Measure, with nothing else running; write record and picture; print tables and RESULT."""
     cost, rows = costs(streams, exits, args), []
     for stream, k in itertools.product(STREAMS, range(4)):
@@ -596,18 +685,27 @@ def report(streams, exits, top1, minima, data, args, log, run, began):
     print(f"{table(rows)}\ntop-1 of {len(data.test)} test clips, chance 1/{len(data.classes)}. "
           f"GMAC, ms: of a clip, with the exits before; exit 4: the network's own")
     if minima:
-        mv, r, i = (row["trace"] for row in minima)
-        print(f"{table(minima)}\nse: standard error. The paper's order of flatness, I < R < MV, "
-              f"{'holds' if i < r < mv else 'does not hold'} here by the trace of the Hessian")
+        print(f"{table(minima)}\nse: standard error; of exits, the sum of three")
+        for what, (mv, r, i) in (("", minima[:3]), (" at equal loss", minima[3:6])):
+            holds = "holds" if i["trace"] < r["trace"] < mv["trace"] else "does not hold"
+            print(f"The paper's order of flatness, I < R < MV, {holds} by the trace{what}")
+    if held:
+        curves, rows = phases(log, args.order), []
+        for stream, order in itertools.product(STREAMS, args.order):
+            row = {"exits of": stream, "order": order}
+            rows.append(row | {f"epoch {n}": x for n, x in curves[stream][order]})
+        common.plot(curves, "epoch", "top-1 of held-out clips", run / "phases.png")
+        print(f"{table(rows)}\ntop-1 of {len(held)} held-out clips, mean of exits 1-3, at the ends "
+              f"of sixths 1, 2, 4, 5, 6 of the training")
+        print(f"NOTE {len(held)} training clips were held out: do not compare with published top-1")
     for note in data.notes():
         print(f"NOTE {note}")
     results = {"top1": top1, "cost": cost, "flatness": minima}
     write_record(run / "run.json", args, data, results, log, began)
     draw_streams(data, args, run / "run.png")
     scores = [f"{stream}4={top1[args.order[0]][stream][3]:.4f}" for stream in STREAMS]
-    for order, stream in itertools.product(args.order, STREAMS):
-        scores += [f"{order}-{stream}{k + 1}={top1[order][stream][k]:.4f}" for k in range(3)]
-    print(f"record, checkpoints, picture: {run}\nRESULT pkd_compressed data={data.name} "
+    scores += [f"{name}={x:.4f}" for name, x in by_name(top1).items()]
+    print(f"record, checkpoints, pictures: {run}\nRESULT pkd_compressed data={data.name} "
           f"split={args.split} seed={args.seed} {' '.join(scores)} "
           f"seconds={time.time() - began:.0f}")
 

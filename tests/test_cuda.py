@@ -141,7 +141,7 @@ def test_pkd_compressed(on_gpu, build, clips, tmp_path):
     exits = build(pkd_compressed.Exits, streams, args.order, 12, 0)
     check(on_gpu(pkd_compressed, batches, pkd_compressed.train_streams, streams, data, [True] * 12,
                  args, {}, tmp_path, []))
-    check(on_gpu(pkd_compressed, batches, pkd_compressed.train_exits, streams, exits, data,
+    check(on_gpu(pkd_compressed, batches, pkd_compressed.train_exits, streams, exits, data, [],
                  [True] * 12, args, {}, {}, tmp_path, []))
 
 

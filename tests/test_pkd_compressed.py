@@ -23,12 +23,15 @@ from pkd_compressed import (
     STREAMS,
     Exits,
     Streams,
+    adamw,
     costs,
     evaluate,
     exits_loss,
     flatness,
     main,
+    minimum,
     parse,
+    phases,
     soft_cross_entropy,
     teacher_at,
     train_exits,
@@ -82,7 +85,9 @@ def base(coded, tmp_path_factory):
 
     def tests(*given):
         noted.training = set(read)
-        return evaluate(*given)
+        found = evaluate(*given)
+        read.intersection_update(noted.training)  # what tests read is another matter
+        return found
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "read_compressed", reads)
@@ -135,7 +140,7 @@ def test_teachers_change_at_a_sixth_and_a_third():
         for order in ORDERS:
             found[order] = [teacher_at(t, steps, order, stream, third) for t in range(steps)]
         assert found == {"ce": [None] * steps, "progressive": wanted, "anti": wanted[::-1],
-                         "iframe": ["i"] * steps}
+                         "iframe": ["i"] * steps, "self": [stream] * steps}
     assert wanted == ["mv"] * 50 + ["r"] * 50 + ["i"] * 200  # epochs of the paper's code
 
 
@@ -157,6 +162,25 @@ def test_no_held_out_and_no_test_clip_is_read_in_training(base, coded):
     assert len(held) == 12
     assert base.training == {path for path, _ in rest.train}
     assert not base.training & {path for path, _ in held + data.test}
+
+
+def test_held_out_clips_are_counted_at_the_ends_of_phases(base, coded):
+    """Of three epochs: after sixths 2 and 4 or 5, and at the end, where last.pt repeats it."""
+    rows = log(base.out)[2:]
+    names = [f"{order}-{stream}{k}" for order in ORDERS for stream in STREAMS for k in (1, 2, 3)]
+    for row in rows:
+        assert [key[9:] for key in row if key.startswith("held-out ")] == names
+    _, held = common.hold_out(common.read_data(coded), .2, 0)
+    right = recount(state(base.out), held)
+    for stream, k in itertools.product(STREAMS, (1, 2, 3)):
+        wanted = pytest.approx(right[stream, k - 1] / 12)
+        assert rows[-1][f"held-out progressive-{stream}{k}"] == wanted
+    curves = phases(log(base.out), ORDERS)
+    for stream, order in itertools.product(STREAMS, ORDERS):
+        own = [f"held-out {order}-{stream}{k}" for k in (1, 2, 3)]
+        assert curves[stream][order] == [(row["epoch"], sum(row[key] for key in own) / 3)
+                                         for row in rows]
+    assert next(base.out.rglob("phases.png")).stat().st_size > 10_000
 
 
 def test_without_the_cache_the_losses_are_the_same(base, coded, tmp_path, capsys):
@@ -184,10 +208,9 @@ def taught(streams, data, labels, run, *flags):
     args = parse([str(flag) for flag in ("--data", "none", *FAST, *flags)])
     nets, exits = networks(streams, orders=args.order)
     train = [(path, k) for (path, _), k in zip(data.train, labels, strict=True)]
-    train_exits(nets.train(), exits, dataclasses.replace(data, train=train), [False] * 12, args, {},
-                {}, run, [])  # nothing is flipped, since whether it may be depends on the label
-    return exits.state_dict(), evaluate(nets, exits, dataclasses.replace(data, test=data.train),
-                                        args)
+    train_exits(nets.train(), exits, dataclasses.replace(data, train=train), [], [False] * 12, args,
+                {}, {}, run, [])  # nothing is flipped, since whether it may be depends on the label
+    return exits.state_dict(), evaluate(nets, exits, data.train, {}, args)
 
 
 def test_exits_learn_from_a_teacher_alone(trained, coded, tmp_path):
@@ -214,6 +237,27 @@ def test_exits_learn_from_a_teacher_alone(trained, coded, tmp_path):
 
     _, top1 = taught(None, data, truth, tmp_path, "--order", "progressive", "--exit-epochs", 5)
     assert np.array(list(top1["progressive"].values())).mean() < .15, top1
+
+
+def test_learning_rates_of_streams_and_of_imagenet_weights():
+    """The factors of CoViAR's code; without --imagenet a stream has one rate, toys 3e-3."""
+    nets, exits = networks()
+    for flags, own, rates in (
+            ((), (.003, .003, .003), (1, 1, 1)), (("--lr", .1, .2, .4), (.1, .2, .4), (1, 1, 1)),
+            (("--imagenet",), (.01, .005, .0003), (.1, .01, 1)),
+            (("--imagenet", "--lr", 1, "--backbone-factor", .5), (1, 1, 1), (.1, .5, 1))):
+        args = parse([str(flag) for flag in (*FAST, *flags)])
+        optimizer, _ = adamw(nets, args, 1)  # the first step of warm-up is the whole rate
+        found = {w: g for g in optimizer.param_groups for w in g["params"]}
+        assert len(found) == len(list(nets.parameters()))
+        for name, w in nets.named_parameters():
+            _, stream, layer, *_ = name.split(".")
+            first, rest, last = rates
+            factor = {"fc": last, "layers": rest}.get(layer, rest if stream == "i" else first)
+            assert found[w]["lr"] == pytest.approx(own[STREAMS.index(stream)] * factor), name
+            assert found[w]["weight_decay"] == (.01 if w.ndim > 1 else 0), name
+        optimizer, _ = adamw(exits, args, 1)
+        assert {group["lr"] for group in optimizer.param_groups} == {3e-3}
 
 
 # ---- testing
@@ -258,7 +302,8 @@ def test_bad_training_clips_do_not_stop_the_test(coded):
     """Eleven may be few among many training clips, and yet be too many among the test clips."""
     data, args = common.read_data(coded), parse([str(f) for f in ("--data", "none", *FAST)])
     data.bad.update((f"{n}.mp4", "no readable video") for n in range(11))
-    assert evaluate(*networks(orders=args.order), data, args).keys() == {"ce", "progressive"}
+    found = evaluate(*networks(orders=args.order), data.test, data.bad, args)
+    assert found.keys() == {"ce", "progressive"}
 
 
 def test_costs_are_the_multiplications_of_what_runs(base):
@@ -285,29 +330,30 @@ class Constant(nn.Module):
     """Logits b + c, whatever the clip: at b = c = 1 and with as many clips of each of K classes the
     loss is log K, at a minimum; its Hessian has diag(p) - p p^, p = 1/K, once for each tensor."""
 
-    def __init__(self, channels):
+    def __init__(self):
         super().__init__()
-        self.channels = channels
         self.b, self.c = nn.Parameter(torch.ones(12)), nn.Parameter(torch.ones(12))
 
-    def forward(self, x):
-        assert x.shape[1:] == (1, self.channels, 32, 32)
-        return [], (self.b + self.c).expand(len(x), 12)
+    def forward(self, x, S=None):
+        z = (self.b + self.c).expand(len(x), 12)
+        return z if S else ([], z)  # an exit, or a network
 
 
-def test_flatness_in_closed_form_and_weights_are_put_back(coded, tmp_path):
+@pytest.mark.parametrize("exits", [1, 3])
+def test_flatness_in_closed_form_and_weights_are_put_back(exits):
     """Two tensors, each with the trace K (1/K) (1 - 1/K). Noise of length e |w| in K dimensions
-    adds e^2/2 |w|^2/K times the trace. A clip that cannot be decoded does not count."""
-    data, streams, args = common.read_data(coded), nn.Module(), parse([*map(str, FAST)])
-    data.train.append((str(tmp_path / "gone.mp4"), 0))
-    streams.nets = nn.ModuleDict({s: Constant(2 if s == "mv" else 3) for s in STREAMS})
-    for row in flatness(streams, data, args, probes=300, sizes=(.01, .03)):
-        assert row["loss"] == pytest.approx(np.log(12))
-        for name, wanted in (("trace", 2 * 11 / 12), ("rise0.01", .01 ** 2 * 11 / 12),
-                             ("rise0.03", .03 ** 2 * 11 / 12)):
-            assert 0 < row[f"se {name}"] < .1 * wanted
-            assert abs(row[name] - wanted) < 4 * row[f"se {name}"] + .01 * wanted, name
-    assert all((w == 1).all() for w in streams.parameters())
+    adds e^2/2 |w|^2/K times the trace. A clip that cannot be decoded, -1, does not count."""
+    args, labels = parse([*map(str, FAST)]), torch.tensor([*range(12), -1]).split(8)
+    module = nn.ModuleList([Constant() for _ in range(3)]) if exits == 3 else Constant()
+    batches = [([own] * 3 if exits == 3 else own, own) for own in labels]
+    row = minimum("", module, batches, args, probes=300, sizes=(.01, .03))
+    assert row["loss"] == pytest.approx(exits * np.log(12))
+    for name, wanted in (("trace", 2 * 11 / 12), ("rise0.01", .01 ** 2 * 11 / 12),
+                         ("rise0.03", .03 ** 2 * 11 / 12)):
+        wanted *= exits
+        assert 0 < row[f"se {name}"] < .1 * wanted
+        assert abs(row[name] - wanted) < 4 * row[f"se {name}"] + .01 * wanted, name
+    assert all((w == 1).all() and w.grad is None for w in module.parameters())
 
 
 # ---- kills and processes
@@ -350,14 +396,16 @@ def test_two_processes_follow_one(base, coded, tmp_path, run_script):
     assert done.stdout.count("RESULT") == 1
     saved, data = state(tmp_path), common.read_data(coded)
     args = parse([str(flag) for flag in ("--data", "none", *FAST, "--order", "all")])
-    top1 = evaluate(*networks(saved["streams"], saved["exits"]), data, args)
+    top1 = evaluate(*networks(saved["streams"], saved["exits"]), data.test, {}, args)
     assert top1 == json.loads(next(tmp_path.rglob("run.json")).read_text())["results"]["top1"]
     scores = {}
     for order, stream, k in itertools.product(ORDERS, STREAMS, range(3)):
         scores[f"{order}-{stream}{k + 1}"] = f"{top1[order][stream][k]:.4f}"
     assert scores.items() <= {tuple(pair.split("=")) for pair in result.split()[2:]}
     for own, row in zip(log(tmp_path), log(base.out), strict=True):
-        assert own == pytest.approx(row, rel=.2)
+        assert own.keys() == row.keys()
+        losses = [key for key in row if "held-out" not in key]
+        assert [own[key] for key in losses] == pytest.approx([row[k] for k in losses], rel=.2)
 
 
 def test_a_degraded_network_stops_after_one_epoch(coded, tmp_path, monkeypatch):
@@ -427,11 +475,15 @@ def test_reencoding_works_on_copies_and_so_does_inference(odd, tmp_path, monkeyp
     trained = set(read)
     results = wise_infer.main([str(flag) for flag in (*flags, "--l1", 1)])
     copies = {str(path) for path in (tmp_path / "cache").rglob("*.mp4")}
-    assert len(trained) == 4 + 3
+    assert trained == copies
     assert read == copies
     assert len(copies) == 4 + 4 + 3
     assert {path: path.read_bytes() for path in odd.rglob("*.*")} == before
-    assert [row["stream"] for row in found["flatness"]] == list(STREAMS)
+    rows, equal = found["flatness"], [f"{stream}, equal loss" for stream in STREAMS]
+    own = [f"{order}-{stream}" for order in ("ce", "progressive") for stream in STREAMS]
+    assert [row["minimum"] for row in rows] == [*STREAMS, *equal, *own]
+    level = max(row["loss"] for row in rows[:3])
+    assert [row["loss"] for row in rows[3:6]] == pytest.approx([level] * 3, rel=1e-3)
     assert results["last"] == pytest.approx(found["top1"]["progressive"]["i"][3])
 
 
@@ -442,7 +494,7 @@ def test_mistakes_say_what_would_be_right(coded, tmp_path):
         with pytest.raises(common.BadInput, match=message):
             go("--data", coded, *FAST, "--out", tmp_path, *flags)
     for flags in (("--size", 16), ("--holdout", 1), ("--tau", 0), ("--order", "backwards"),
-                  ("--networks", "toy")):
+                  ("--networks", "toy"), ("--lr", 1, 2), ("--exit-lr", 0)):
         with pytest.raises(SystemExit) as caught:
             go("--data", coded, *flags)
         assert caught.value.code == 2
