@@ -150,7 +150,7 @@ def toy_truth(rng, motion, scene):
 
 
 def toy_caption(truth):
-    """What the still shows, in words: "a red circle at the top left on stripes"."""
+    """What a still shows, in words: "a red circle at the top left on stripes"."""
     across = ["left", "", "right"][int(truth["x"] > .42) + int(truth["x"] > .58)]
     down = ["top", "", "bottom"][int(truth["y"] > .42) + int(truth["y"] > .58)]
     place = f"{down} {across}".strip() or "centre"
@@ -1147,7 +1147,7 @@ CLIPS = {  # as open_clip.get_model_config gives them; the first six are wkcn/Ti
     "TinyCLIP-ViT-40M-32-Text-19M": _towers(512, 512, 12, 32, 512, 8, 6),
     "toy-large": _towers(64, 64, 3, 16, 64, 4, 1, 32, 20, head_width=16),
     "toy-small": _towers(48, 48, 2, 16, 48, 3, 1, 32, 20, head_width=16),
-    "toy-fine": _towers(64, 96, 3, 8, 64, 4, 1, 32, 20, head_width=16)}  # sees scenes best
+    "toy-resnet": _towers(64, 16, [1, 1, 1, 1], None, 64, 4, 1, 32, 20, head_width=16)}
 
 
 def build_clip(spec, cache="runs/cache"):
@@ -1249,16 +1249,16 @@ def _train_toy_clip(name, path, steps=300, batch=128):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
     tokenize = functools.cache(lambda caption: tokenizer([caption])[0])
     for _ in range(steps):
-        truths = [toy_truth(rng, "growing", str(rng.choice(SCENES))) for _ in range(batch)]
-        stills = []
-        for truth in truths:
+        stills, captions = [], []
+        for _ in range(batch):
+            truth = toy_truth(rng, "growing", str(rng.choice(SCENES)))
             truth |= {"x": rng.uniform(.15, .85), "y": rng.uniform(.15, .85)}
             stills.append(draw_toy(truth, [truth["x"]], [truth["y"]], [rng.uniform(.1, .25)], 32))
+            captions.append(tokenize(toy_caption(truth)))
         pixels = torch.from_numpy(np.concatenate(stills)).permute(0, 3, 1, 2) / 255
         image = clip.encode_image(TF.normalize(pixels, clip.visual.image_mean,
                                                clip.visual.image_std), normalize=True)
-        captions = torch.stack([tokenize(toy_caption(truth)) for truth in truths])
-        text = clip.encode_text(captions, normalize=True)
+        text = clip.encode_text(torch.stack(captions), normalize=True)
         logits, target = clip.logit_scale.exp() * image @ text.T, torch.arange(batch)
         (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)).backward()
         optimizer.step()

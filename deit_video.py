@@ -28,7 +28,7 @@ exp(logit_scale), learned; v_T, s_T and z_T (B, K) are the teacher's.
 Schedule: AdamW, lr 5e-6 (toys 4e-4), 10 lr for what is new, weight decay .2; linear warm-up in the
 first tenth of the steps, cosine to 0; 50 epochs (toys 6), batch 32. The trained teacher is frozen.
 
-  python deit_video.py                        toy clips, teacher and four arms, 2 minutes on 2 CPUs
+  python deit_video.py                        toy clips, teacher and three arms, 2 minutes on 2 CPUs
   python deit_video.py --arms one-head gt hard soft two-frame-heads teacher-on-frame
   python deit_video.py --grid                 base, +swap, +swap+spatial, +swap+two-heads, all three
                                               (after: python spatial_kd.py --label-only)
@@ -440,7 +440,8 @@ def parse(argv=None):
     add("--teacher", default="toy-large", help="NAME[:WEIGHTS] of its backbone; trained first")
     add("--teacher-checkpoint", metavar="FILE", help="a teacher that is trained: an ActionCLIP")
     add("--student", default="toy-small", help="NAME[:WEIGHTS] of its backbone")
-    add("--arms", nargs="+", choices=ARMS, default=list(ARMS)[:4], help="what is trained")
+    add("--arms", nargs="+", choices=ARMS, default=["one-head", "gt", "soft"],
+        help="what is trained beside the teacher")
     add("--grid", nargs="?", const="gt", choices=("gt", "hard", "soft"), help="instead: the three "
         "techniques one by one, and together; two heads by this loss, alone: gt")
     add("--alpha", type=float, default=.5, help="of eq. (7)")
