@@ -1064,7 +1064,7 @@ def compressed_view(clips, size, rngs=None, mirror=None, scales=(1, .875, .75)):
     out = []
     for n, coded in enumerate(clips):
         mv, *pictures = modalities(coded)
-        video = torch.cat([(mv / 40).clamp(-.5, .5), *(part / 255 for part in pictures)], 1)
+        video = torch.cat([mv.clamp(-20, 20), *pictures], 1)
         side = min(coded.size)
         top, left = ((edge - side) // 2 for edge in coded.size)
         if rngs:
@@ -1075,9 +1075,8 @@ def compressed_view(clips, size, rngs=None, mirror=None, scales=(1, .875, .75)):
             video = video.flip(-1)
             video[:, 0] = -video[:, 0]
         out.append(video)
-    parts = torch.stack(out).tensor_split((2, 5), 2)
-    names = ("mv", "r", "i") if pictures else ("mv",)
-    return {name: part.contiguous() for name, part in zip(names, parts, strict=False)}
+    mv, r, i = torch.stack(out).tensor_split((2, 5), 2)
+    return {"mv": mv / 40, "r": r / 255, "i": i / 255} if pictures else {"mv": mv / 40}
 
 
 def contact_sheet(clips, lines, frames, path):

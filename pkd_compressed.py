@@ -6,10 +6,9 @@ whole networks are distilled into early exits of the same networks, one teacher 
 
 A compressed file holds few whole pictures (I-frames); the frames between are motion and a residual.
 Each of the three feeds a network, as in CoViAR (Wu et al., CVPR 2018), with exits behind layer1, 2
-and 3. The networks learn from labels and are then frozen; the exits learn from a teacher's class
-scores. The paper finds flatter minima on I-frames than on residuals, and on these than on motion:
-so teachers go from the sharpest minimum to the flattest, "progressive" (PKD). Beside it, in as many
-steps: labels alone, the reverse order, one network all the time.
+and 3. Networks learn from labels, are frozen, and their exits learn from a teacher's class scores.
+The paper finds flatter minima on I-frames than on residuals than on motion: so "progressive" (PKD)
+goes from the sharpest to the flattest. Beside it: labels alone, the reverse, one teacher all along.
 
 B clips with labels y, K classes; z_k (B, K): logits of exit k = 1..3; z_mv, z_r, z_i those of whole
 networks (exit 4); each the mean over a clip's S segments (the consensus).
@@ -17,40 +16,32 @@ networks (exit 4); each the mean over a clip's S segments (the consensus).
   (2) soft_cross_entropy  others: sum_k -1/B sum_b sum_c softmax(z_t/tau)_c log softmax(z_k/tau)_c,
                           sum over K, mean over B, no tau^2 and no labels; tau 1
   (3) teacher_at          t over the steps of a run:  progressive  mv 1/6, r 1/6, third 4/6
-                          anti, the reverse  third 4/6, r 1/6, mv 1/6
-                          iframe, self       i, or the network that the exits sit on, all the time
-                          third: the network that the exits sit on (self), or i
-Exits share no weight, networks are frozen: each exit learns alone. Class: the largest z_k.
-Schedule: AdamW, lr 1e-3 (toys 3e-3; with --imagenet CoViAR's eps 1e-3 and lr mv .01, r .005, i
-.0003, times .1 at the input of mv and r, .01 on the rest but the classifier), weight decay .01;
-linear warm-up in the first tenth of the steps, cosine to 0; networks 120 epochs (toys 24), then
-exits 60 (toys 24) at 1e-3 (toys 3e-3); batch 32.
+  third: self or i        anti  third 4/6, r 1/6, mv 1/6;  iframe  i;  self  the exits' own network
+Schedule: AdamW, lr 1e-3 (toys 3e-3; with --imagenet as in CoViAR's code eps 1e-3, mv .01, r .005,
+i .0003, at the input of mv and r .1 of it, on other pretrained layers .01), weight decay .01;
+linear warm-up in the first tenth of the steps, cosine to 0; networks 120 epochs (toys 18), then
+exits 60 (toys 18), lr 1e-3 (toys 3e-3); batch 32.
 
   python pkd_compressed.py                     toy clips, ce and progressive, 2 minutes on 2 CPUs
   python pkd_compressed.py --order all --flatness
   python pkd_compressed.py --data HMDB51 --reencode --imagenet --batch-size 64
-  python pkd_compressed.py --data weizmann --size 112 --networks toy toy toy --epochs 200
 
 The plain command printed (2 cores of an x86_64 CPU, torch 2.15.0):
-RESULT pkd_compressed data=toy split=1 seed=0 mv4=0.6083 r4=0.8167 i4=0.9125
-  ce-mv1=0.6167 ce-mv2=0.6958 ce-mv3=0.6417 ce-r1=0.7958 ce-r2=0.8042 ce-r3=0.8292
-  ce-i1=0.8083 ce-i2=0.8583 ce-i3=0.9083 progressive-mv1=0.5875 progressive-mv2=0.6292
-  progressive-mv3=0.6167 progressive-r1=0.7750 progressive-r2=0.8167 progressive-r3=0.8208
-  progressive-i1=0.8000 progressive-i2=0.8875 progressive-i3=0.9125 seconds=117
+RESULT pkd_compressed data=toy split=1 seed=0 mv4=0.6083 r4=0.8167 i4=0.9125 ce-mv1=0.6167
+  ce-mv2=0.6958 ce-mv3=0.6417 ce-r1=0.7958 ce-r2=0.8042 ce-r3=0.8292 ce-i1=0.8083 ce-i2=0.8583
+  ce-i3=0.9083 progressive-mv1=0.5875 progressive-mv2=0.6292 progressive-mv3=0.6167
+  progressive-r1=0.7750 progressive-r2=0.8167 progressive-r3=0.8208 progressive-i1=0.8000
+  progressive-i2=0.8875 progressive-i3=0.9125 seconds=117
 
-Differs from the paper (its abstract) and its code: the code trains progressive for 300 epochs,
-others for 150, anti in thirds; its third teacher is self on batch statistics, the paper's is i; it
-starts from unreleased Kinetics weights; BatchNorm moves in its "frozen" networks; its exits' linear
-bias is not trained; it reports each exit's best epoch on the test list, here it is the last. One
-crop and flip serve all streams and teachers, from a few fixed crops (--crops); the test view is the
-middle square. Motion and residuals: see common.py; copies have I-frames at scene cuts, too; exits
-see P-frames by segment, not by group. --holdout 0 trains on all clips, as the paper does; without
-it a fifth is held out for wise_infer.py, and no figure compares with the paper's.
+Differs from the paper and its code: the code trains progressive for 300 epochs, others for 150,
+anti in thirds; its third teacher is self on batch statistics, the paper's is i; it starts from
+unreleased Kinetics weights; BatchNorm moves in its "frozen" networks; its exits' linear bias is not
+trained; it reports each exit's best epoch on the test list, not the last. One crop and flip serve
+all. Exits see P-frames by segment, not by group. A fifth of the clips is held out (--holdout).
 """
 import argparse
 import contextlib
 import copy
-import datetime
 import functools
 import itertools
 import json
@@ -59,7 +50,6 @@ import os
 import platform
 import sys
 import time
-import timeit
 import zlib
 from pathlib import Path
 
@@ -71,7 +61,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import encode_png
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes, flow_to_image, make_grid
@@ -85,8 +74,7 @@ DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if GPU else 
 if GPU:
     torch.cuda.set_device(DEVICE)
 MACHINE = torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU"
-STREAMS = "mv", "r", "i"
-ORDERS = "ce", "progressive", "anti", "iframe", "self"
+STREAMS, ORDERS = ("mv", "r", "i"), ("ce", "progressive", "anti", "iframe", "self")
 
 # ---- the method: eqs. (1)-(3) --------------------------------------------------------------------
 
@@ -100,12 +88,9 @@ def soft_cross_entropy(student, teacher, tau):
 
 def teacher_at(step, steps, order, stream, third):
     """Who teaches the exits of `stream` at step 0..steps-1, eq. (3). -> mv, r, i; None: labels"""
-    if order == "ce":
-        return None
-    if order == "iframe":
-        return "i"
-    if order == "self":
-        return stream
+    always = {"ce": None, "iframe": "i", "self": stream}
+    if order in always:
+        return always[order]
     if order == "anti":
         step = steps - 1 - step
     last = stream if third == "self" else "i"
@@ -158,8 +143,7 @@ class Exits(nn.Module):
 
 
 class FixedCrops(common.Clips):
-    """Training clips as the exits see them: epoch e sees view e % crops of each clip, none of those
-    that the networks were trained on."""
+    """Epoch e sees view e % crops of each clip, none of those that the networks learned from."""
     crops = 1
 
     def __getitem__(self, key):
@@ -170,10 +154,9 @@ def see(batch, args, mirror=None):
     """A batch as the networks see it, cropped and flipped at random where `mirror`, bool per class,
     is given. -> {stream: (B, S, C, size, size)}"""
     clips = [coded.to(DEVICE) for coded in batch.video]
-    if mirror is None:
-        return common.compressed_view(clips, args.size)
-    rngs = [np.random.default_rng([args.seed, *key, 2]) for key in batch.key]
-    return common.compressed_view(clips, args.size, rngs, [mirror[k] for k in batch.label])
+    rngs = [np.random.default_rng([args.seed, *key, 2]) for key in batch.key] if mirror else None
+    flips = [mirror[k] for k in batch.label] if mirror else None
+    return common.compressed_view(clips, args.size, rngs, flips)
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -192,15 +175,13 @@ def learning_rate(name, args):
     return lr * (.1 if layer in ("input", "stem") and stream != "i" else args.backbone_factor)
 
 
-def adamw(module, args, steps, eps=1e-8):
+def adamw(module, args, steps, coviar=False):
     """AdamW, no decay on norms and biases; linear warm-up, then cosine to 0."""
-    groups = {}
+    found, warm = {}, max(1, steps // 10)
     for name, w in module.named_parameters():
-        key = learning_rate(name, args), .01 * (w.ndim > 1)
-        group = {"params": [], "lr": key[0], "weight_decay": key[1]}
-        groups.setdefault(key, group)["params"].append(w)
-    optimizer = torch.optim.AdamW(list(groups.values()), eps=eps, fused=True)
-    warm = max(1, steps // 10)
+        found.setdefault((learning_rate(name, args), .01 * (w.ndim > 1)), []).append(w)
+    groups = [{"params": own, "lr": lr, "weight_decay": wd} for (lr, wd), own in found.items()]
+    optimizer = torch.optim.AdamW(groups, eps=1e-3 if coviar else 1e-8, fused=True)
     parts = [LinearLR(optimizer, 1 / warm, total_iters=warm),
              CosineAnnealingLR(optimizer, max(1, steps - warm))]
     return optimizer, SequentialLR(optimizer, parts, [warm])
@@ -257,8 +238,7 @@ def train_streams(streams, data, mirror, args, flags, run, log):
     clips = common.Clips(data.train, args.segments, None, "coded", train=True, seed=args.seed,
                          copies=args.copies)
     loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
-    optimizer, schedule = adamw(streams, args, args.epochs * len(loader),
-                                1e-3 if args.imagenet else 1e-8)
+    optimizer, schedule = adamw(streams, args, args.epochs * len(loader), args.imagenet)
     parts = {"streams": streams, "optimizer": optimizer, "schedule": schedule}
     path = run / "streams-last.pt"
     rows = resume(path, parts) if args.resume and path.exists() else []
@@ -266,8 +246,7 @@ def train_streams(streams, data, mirror, args, flags, run, log):
     for epoch, batches in loader.epochs(len(rows), args.epochs):
         began, terms = time.time(), []
         streams.train()
-        bar = tqdm(batches, f"streams {epoch + 1}/{args.epochs}", len(loader), False, disable=None)
-        for batch in bar:
+        for batch in tqdm(batches, f"streams {epoch + 1}", len(loader), False, disable=None):
             with autocast():
                 out = wrapped(see(batch, args, mirror))
             labels = torch.tensor(batch.label).to(DEVICE, non_blocking=True)    # (B/W,)
@@ -298,8 +277,8 @@ def run_frozen(streams, batch, mirror, args):
 
 
 def feature_cache(streams, clips, mirror, args, data):
-    """run_frozen for every clip and crop, in memory: labels, then the outputs of mv, r, i, maps in
-    fp16; row crop * N + clip. None where that takes more than --cache-gb."""
+    """run_frozen for every clip and crop, in memory: labels, outputs of mv, r, i, maps in fp16; row
+    crop * N + clip. None where that takes more than --cache-gb."""
     loader = common.ClipLoader(clips, args.batch_size, args.workers, 0, 1, data.bad)
     loader.order.train = False  # every clip once, in the order of the list
     found = []
@@ -307,8 +286,7 @@ def feature_cache(streams, clips, mirror, args, data):
         for batch in tqdm(batches, f"crop {crop + 1}", len(loader), False, disable=None):
             labels, outputs = run_frozen(streams, batch, mirror, args)
             columns = [labels, *itertools.chain(*outputs.values())]
-            values = sum(f.numel() for f in columns) / len(labels)
-            room = 2e-9 * args.crops * len(clips) * values
+            room = 2e-9 * args.crops * len(clips) / len(labels) * sum(f.numel() for f in columns)
             if room > args.cache_gb:
                 print(f"{room:.0f} GB are more than --cache-gb: every epoch decodes anew")
                 return None
@@ -327,8 +305,7 @@ def cached_batches(cache, loader, epoch, crops):
 
 
 def train_exits(streams, exits, data, held, mirror, args, flags, about, run, log):
-    """All exits of all orders, by eqs. (1)-(3), on the same batches, tested on the held-out clips
-    where teachers change; RUN/last.pt is the result."""
+    """All exits by eqs. (1)-(3), on the same batches; tested on held-out clips as teachers go."""
     streams.eval().requires_grad_(False)  # frozen, BatchNorm too
     clips = FixedCrops(data.train, args.segments, None, "coded", train=True, seed=args.seed,
                        copies=args.copies)
@@ -339,17 +316,15 @@ def train_exits(streams, exits, data, held, mirror, args, flags, about, run, log
     parts = {"streams": streams, "exits": exits, "optimizer": optimizer, "schedule": schedule}
     path = run / "last.pt"
     rows = resume(path, parts) if args.resume and path.exists() else []
-    finished = len(rows) == args.exit_epochs
-    cache = None if finished else feature_cache(streams, clips, mirror, args, data)
+    cache = len(rows) < args.exit_epochs and feature_cache(streams, clips, mirror, args, data)
     wrapped = nn.parallel.DistributedDataParallel(exits) if WORLD > 1 else exits
-    names = [f"{order}-{stream}" for order, stream in itertools.product(args.order, STREAMS)]
     ends = [round(args.exit_epochs * sixth / 6) for sixth in (1, 2, 4, 5, 6)]
     for epoch, batches in loader.epochs(len(rows), args.exit_epochs):
         began, terms = time.time(), []
         exits.train()
         seen = cached_batches(cache, loader, epoch, args.crops) if cache else \
             (run_frozen(streams, batch, mirror, args) for batch in batches)
-        bar = tqdm(seen, f"exits {epoch + 1}/{args.exit_epochs}", len(loader), False, disable=None)
+        bar = tqdm(seen, f"exits {epoch + 1}", len(loader), False, disable=None)
         for step, (labels, outputs) in enumerate(bar, epoch * len(loader)):
             with autocast():
                 out = wrapped(outputs, args.segments)
@@ -364,10 +339,11 @@ def train_exits(streams, exits, data, held, mirror, args, flags, about, run, log
             schedule.step()
             terms.append(torch.stack(losses).detach())
         row = {"stage": "exits", "epoch": epoch + 1}
-        row.update(zip(names, loader.mean(average(terms, exits), epoch), strict=True))
+        means = zip(out, loader.mean(average(terms, exits), epoch), strict=True)
+        row.update({f"{order}-{stream}": x for (order, stream), x in means})
         row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
         if held and epoch + 1 in ends:
-            found = by_name(evaluate(streams, exits, held, data.bad, args))
+            found = evaluate(streams, exits, held, data.bad, args)
             row.update({f"held-out {name}": x for name, x in found.items()})
         keep(row, rows, args.exit_epochs, path, flags, about, parts)
     log += rows
@@ -378,159 +354,102 @@ def train_exits(streams, exits, data, held, mirror, args, flags, about, run, log
 
 @torch.no_grad()
 def evaluate(streams, exits, clips, bad, args):
-    """Top-1 of every exit on clips [(path, label)] -> {order: {stream: [exit 1, 2, 3, 4]}}"""
+    """Top-1 on clips [(path, label)] -> {"mv4": of a network, ..., "ORDER-mv1": of an exit, ...}"""
     streams.eval()
     exits.eval()
+    names = [f"{stream}4" for stream in STREAMS]
+    names += map("".join, itertools.product(args.order, "-", STREAMS, "123"))
     clips = common.Clips(clips, args.segments, None, "coded", copies=args.copies)
     loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=bad)
-    hits = torch.zeros(len(args.order) * 3, 4, device=DEVICE)
+    hits = torch.zeros(len(names), device=DEVICE)
     for batch in tqdm(loader, "test", leave=False, disable=None):
         labels, outputs = run_frozen(streams, batch, None, args)
         with autocast():
             out = exits(outputs, args.segments)
-        for row, ((_, stream), z) in zip(hits, out.items(), strict=True):
-            right = [z_k.argmax(1) == labels for z_k in (*z, outputs[stream][3])]
-            row += torch.stack(right).sum(1)
+        z = [outputs[stream][3] for stream in STREAMS]
+        z += [z_k.float() for z_k in itertools.chain(*out.values())]
+        hits += (torch.stack(z).argmax(2) == labels).sum(1)
     if WORLD > 1:
         dist.all_reduce(hits)
-    top1 = (hits / len(clips)).unflatten(0, (-1, 3)).tolist()
-    return {order: dict(zip(STREAMS, rows, strict=True))
-            for order, rows in zip(args.order, top1, strict=True)}
+    return dict(zip(names, (hits / len(clips)).tolist(), strict=True))
 
 
-def by_name(top1):
-    """What evaluate says of exits 1-3 -> {"order-streamk": top-1}"""
-    found = {}
-    for order, stream, k in itertools.product(top1, STREAMS, (1, 2, 3)):
-        found[f"{order}-{stream}{k}"] = top1[order][stream][k - 1]
-    return found
-
-
-def phases(log, orders):
-    """Top-1 on held-out clips, mean of exits 1-3 -> {stream: {order: [(epoch, top-1)]}}"""
-    curves = {stream: {} for stream in STREAMS}
-    tested = [row for row in log if f"held-out {orders[0]}-mv1" in row]
-    for row, stream, order in itertools.product(tested, STREAMS, orders):
-        found = [row[f"held-out {order}-{stream}{k}"] for k in (1, 2, 3)]
-        curves[stream].setdefault(order, []).append((row["epoch"], sum(found) / 3))
-    return curves
-
-
-def milliseconds(function):
-    """Median time of a call whose result comes to the CPU, so that a GPU has finished"""
-    for _ in range(3):
-        function()
-    return 1e3 * float(np.median(timeit.repeat(function, repeat=20, number=1)))
-
-
-@torch.no_grad()
-def costs(streams, exits, args):
-    """-> {stream: [(GMAC, ms) of a clip up to each exit, all before it included]}"""
-    nets, heads, found = streams.eval().nets, exits.heads[args.order[0]], {}
-
-    def run(stream, x, k):
-        z = common.exit_logits(nets[stream], heads[stream], x)
-        return [z_k.cpu() for z_k in itertools.islice(z, k)]
-    for stream, k in itertools.product(STREAMS, (1, 2, 3, 4)):
-        size = 1, args.segments, 2 if stream == "mv" else 3, args.size, args.size
-        part = functools.partial(run, stream, torch.rand(size, device=DEVICE), k)
-        with FlopCounterMode(display=False) as counter:
-            part()
-        found.setdefault(stream, []).append((counter.get_total_flops() / 2e9, milliseconds(part)))
-    return found
-
-
-def flatness(streams, exits, data, args, clips=128, **how):
-    """How flat the minima of networks and exits are, on some training clips in the test view. The
-    surer a network is, the flatter: so networks also with classifiers divided by what brings them
-    to the same loss. -> rows of minimum()"""
-    streams.eval()
-    exits.eval()
-    chosen = np.random.default_rng(args.seed).permutation(len(data.train))[:clips]
-    part = common.Clips([data.train[i] for i in chosen], args.segments, None, "coded",
-                        copies=args.copies)
-    views, maps = {stream: [] for stream in STREAMS}, {stream: [] for stream in STREAMS}
-    for batch in common.ClipLoader(part, args.batch_size, args.workers, 0, 1, data.bad):
-        labels, outputs = run_frozen(streams, batch, None, args)
-        for stream, x in see(batch, args).items():
-            views[stream].append((x, labels))
-            maps[stream].append((outputs[stream][:3], labels))
-    rows = [minimum(stream, net, views[stream], args, **how)
-            for stream, net in streams.nets.items()]
-    level = max(row["loss"] for row in rows)
-    for stream, net in streams.nets.items():
-        net = at_loss(level, net, views[stream], args.segments)
-        rows.append(minimum(f"{stream}, equal loss", net, views[stream], args, **how))
-    for order, stream in itertools.product(args.order, STREAMS):
-        heads = exits.heads[order][stream]
-        rows.append(minimum(f"{order}-{stream}", heads, maps[stream], args, **how))
+def phases(log, args, path):
+    """Draw top-1 of the exits on held-out clips where teachers change, mean of exits 1-3 -> rows"""
+    tested, rows = [row for row in log if "held-out mv4" in row], []
+    curves = {stream: {order: [] for order in args.order} for stream in STREAMS}
+    for stream, order in itertools.product(STREAMS, args.order):
+        rows.append({"exits of": stream, "order": order})
+        for row in tested:
+            top1 = sum(row[f"held-out {order}-{stream}{k}"] for k in (1, 2, 3)) / 3
+            rows[-1][f"epoch {row['epoch']}"] = top1
+            curves[stream][order].append((row["epoch"], top1))
+    common.plot(curves, "epoch", "top-1 of held-out clips, mean of exits 1-3", path)
     return rows
 
 
-def minimum(name, module, batches, args, probes=30, sizes=(.01, .03, .1)):
+def flatness(streams, exits, data, args, clips=128):
+    """How flat minima of networks and exits are, on some training clips in the test view"""
+    chosen = np.random.default_rng(args.seed).permutation(len(data.train))[:clips]
+    part = common.Clips([data.train[i] for i in chosen], args.segments, None, "coded",
+                        copies=args.copies)
+    batches = {}
+    for batch in common.ClipLoader(part, args.batch_size, args.workers, bad=data.bad):
+        labels, outputs = run_frozen(streams.eval(), batch, None, args)
+        for stream, x in see(batch, args).items():
+            batches.setdefault(stream, []).append((x, outputs[stream][:3], labels))
+    rows = [minimum(name, net, batches[name], args) for name, net in streams.nets.items()]
+    for order, stream in itertools.product(args.order, STREAMS):
+        heads = exits.heads[order][stream]
+        rows.append(minimum(f"{order}-{stream}", heads, batches[stream], args))
+    return rows
+
+
+def minimum(name, module, batches, args, probes=30, eps=.1):
     """The trace of the Hessian H of the cross entropy (Hutchinson: E[v H v], v of +1 and -1), and
-    the rise of the loss with eps |w| u / |u|, u normal, added to each tensor w; BatchNorm on
-    running statistics. -> row, mean and standard error over the probes"""
-    module, S = copy.deepcopy(module).requires_grad_(), args.segments
-    draw = functools.partial(torch.randn, device=DEVICE,
-                             generator=torch.Generator(DEVICE).manual_seed(args.seed))
-    weights, found = list(module.parameters()), {"trace": np.zeros(probes)}
+    the rise of the loss with eps |w| u / |u|, u normal, added to each tensor w, both in eval(). ->
+    row, mean and standard error over the probes"""
+    module, S = copy.deepcopy(module).eval().requires_grad_(), args.segments
+    torch.manual_seed(args.seed)
+    weights, found = list(module.parameters()), {"trace": np.zeros(probes), "rise": []}
     loss = sum(share.item() for share in loss_shares(module, batches, S))
     for n in range(probes):
-        v = [draw(w.shape).sign() for w in weights]
+        v = [torch.randn_like(w).sign() for w in weights]
         for share in loss_shares(module, batches, S):
             slopes = torch.autograd.grad(share, weights, create_graph=True)
             Hv = torch.autograd.grad(slopes, weights, v)
             found["trace"][n] += sum((a * b).sum().item() for a, b in zip(Hv, v, strict=True))
-    for eps, _ in itertools.product(sizes, range(probes)):
         near = copy.deepcopy(module).requires_grad_(False)
         for w in near.parameters():
-            u = draw(w.shape)
+            u = torch.randn_like(w)
             w += eps * w.norm() * u / u.norm()
-        rise = sum(share.item() for share in loss_shares(near, batches, S)) - loss
-        found.setdefault(f"rise{eps:g}", []).append(rise)
-    row = {"minimum": name, "M": sum(w.numel() for w in weights) / 1e6, "loss": loss}
+        found["rise"].append(sum(x.item() for x in loss_shares(near, batches, S)) - loss)
+    row = {"minimum": name, "loss": loss}
     for key, x in found.items():
         row |= {key: float(np.mean(x)), f"se {key}": float(np.std(x, ddof=1) / probes ** .5)}
     return row
 
 
-@torch.no_grad()
-def at_loss(level, net, batches, S):
-    """A copy whose classifier is divided by tau >= 1 so that its loss is `level`"""
-    low, high = 0., 10.  # ln tau
-    for _ in range(20):
-        near, middle = copy.deepcopy(net), (low + high) / 2
-        for w in near.fc.parameters():
-            w /= math.exp(middle)
-        less = sum(share.item() for share in loss_shares(near, batches, S)) < level
-        low, high = (middle, high) if less else (low, middle)
-    return near
-
-
 def loss_shares(module, batches, S):
-    """Yields each batch's share of the mean cross entropy, of exits the sum of three, so that
-    memory holds one graph. A clip that cannot be decoded has label -1 and does not count."""
-    count = sum((labels >= 0).sum() for _, labels in batches)
-    for x, labels in batches:
-        if isinstance(module, nn.ModuleList):  # exits
-            logits = [head(f, S) for head, f in zip(module, x, strict=True)]
-        else:
-            logits = [module(x)[1]]
-        yield sum(F.cross_entropy(z, labels, ignore_index=-1, reduction="sum")
-                  for z in logits) / count
+    """Yields each batch's share of the mean cross entropy, of exits the sum of three: memory holds
+    one graph. A clip that cannot be decoded has label -1 and does not count."""
+    exits, count = isinstance(module, nn.ModuleList), sum((y >= 0).sum() for _, _, y in batches)
+    for x, maps, y in batches:
+        logits = [z(f, S) for z, f in zip(module, maps, strict=True)] if exits else module(x)[1:]
+        terms = [F.cross_entropy(z, y, ignore_index=-1, reduction="sum") for z in logits]
+        yield sum(terms) / count
 
 
 def draw_streams(data, args, path):
     """A row per test clip: I-frame, accumulated motion (colour: direction, saturation: length),
-    residual (grey: 0), and the frame reconstructed from the three."""
+    residual (grey: 0), reconstructed frame."""
     clips, tiles = common.Clips(data.test, args.segments, None, "coded", copies=args.copies), []
     for n in range(0, len(clips), -(-len(clips) // 6)):
         coded = clips[0, n].video
         mv, r, i = (part[args.segments // 2][None] for part in common.modalities(coded))
         pictures = {"I-frame": i, f"motion, up to {mv.norm(dim=1).max():.0f} px": flow_to_image(mv),
-                    "residual": (128 + r).clamp(0, 255), f"reconstructed: "
-                    f"{data.classes[data.test[n][1]]}": common.warp(i, mv).round() + r}
+                    "residual": (128 + r).clamp(0, 255),
+                    data.classes[data.test[n][1]]: common.warp(i, mv).round() + r}
         for name, picture in pictures.items():
             zoom = F.interpolate(picture.float(), scale_factor=192 / coded.size[0])[0].byte()
             zoom = F.pad(TF.center_crop(zoom, [192, 256]), (0, 0, 16, 0))
@@ -574,7 +493,7 @@ def parse(argv=None):
     add("--reencode", action="store_true", help="use copies in CoViAR's form, made in OUT/cache")
     add("--segments", type=int, default=3, help="S, frames per clip")
     add("--size", type=int, default=224, help="pixels; 32 for toy clips")
-    add("--holdout", type=float, default=.2, help="share of training clips for wise_infer.py")
+    add("--holdout", type=float, default=.2, help="share of training clips kept for wise_infer.py")
     add("--networks", nargs=3, metavar=("MV", "R", "I"), default=["resnet18", "resnet18",
         "resnet50"], help="ResNets of torchvision (the paper's) or toy; toy for toy clips")
     add("--imagenet", action="store_true", help="start from torchvision's ImageNet weights")
@@ -583,13 +502,13 @@ def parse(argv=None):
     add("--tau", type=float, default=1., help="temperature of eq. (2)")
     add("--degrade", choices=STREAMS, help="this network stops learning after one epoch")
     add("--flatness", action="store_true", help="measure how flat the minima are")
-    add("--epochs", type=int, default=120, help="of the networks; 24 for toy clips")
-    add("--exit-epochs", type=int, default=60, help="of the exits; 24 for toy clips")
+    add("--epochs", type=int, default=120, help="of the networks; 18 for toy clips")
+    add("--exit-epochs", type=int, default=60, help="of the exits; 18 for toy clips")
     add("--crops", type=int, default=2, help="fixed crops per clip for the exits")
     add("--cache-gb", type=float, default=16., help="limit of the feature cache; HMDB51 takes 72")
     add("--batch-size", type=int, default=32, help="of all processes together")
-    add("--lr", type=float, nargs="+", default=[1e-3], help="of the networks mv, r, i, or one for "
-        "all; 3e-3 for toy networks; .01 .005 .0003 with --imagenet")
+    add("--lr", type=float, nargs="+", default=[1e-3], help="of mv, r, i, or one for all; 3e-3 for "
+        "toy networks, .01 .005 .0003 with --imagenet")
     add("--backbone-factor", type=float, default=.01, help="on --lr for ImageNet's weights")
     add("--exit-lr", type=float, default=1e-3, help="3e-3 for toy networks")
     add("--compile", action="store_true", help="torch.compile the three networks")
@@ -599,7 +518,7 @@ def parse(argv=None):
     add("--workers", type=int, default=max(1, min(8, os.cpu_count() - 1)), help="that decode")
     args, _ = parser.parse_known_args(argv)
     if args.data == "toy":
-        parser.set_defaults(size=32, epochs=24, exit_epochs=24, networks=["toy"] * 3)
+        parser.set_defaults(size=32, epochs=18, exit_epochs=18, networks=["toy"] * 3)
     if "toy" in parser.parse_known_args(argv)[0].networks:
         parser.set_defaults(lr=[3e-3], exit_lr=3e-3)
     if args.imagenet:
@@ -611,21 +530,20 @@ def parse(argv=None):
     args.copies = copies if args.reencode else None
     if min(args.segments, args.epochs, args.exit_epochs, args.crops, args.batch_size) < 1:
         parser.error("--segments, --epochs, --exit-epochs, --crops, --batch-size take 1 or more")
-    if args.workers < 0 or args.size < 32 or not 0 <= args.holdout < 1:
-        parser.error("--workers takes 0 or more, --size 32 or more, --holdout 0 to 1")
+    if args.workers < 0 or args.size < 32 or not 0 <= args.holdout < 1 or not args.cache_gb >= 0:
+        parser.error("--workers, --cache-gb take 0 or more, --size 32 or more, --holdout 0 to 1")
     if not (0 <= args.seed < 2 ** 63 and args.shots >= 0 and 0 <= args.label_noise <= 1):
         parser.error("--seed, --shots take 0 or more, --label-noise 0 to 1")
-    if len(args.lr) != 3 or not args.cache_gb >= 0:
-        parser.error("--lr takes one value or three, --cache-gb 0 or more")
-    if not all(0 < x < math.inf for x in (*args.lr, args.exit_lr, args.backbone_factor, args.tau)):
-        parser.error("--lr, --exit-lr, --backbone-factor, --tau take more than 0")
+    above = *args.lr, args.exit_lr, args.backbone_factor, args.tau
+    if len(args.lr) != 3 or not all(0 < x < math.inf for x in above):
+        parser.error("--lr: one or three; --lr, --exit-lr, --backbone-factor, --tau: more than 0")
     if args.batch_size * args.segments < 2:
         parser.error("BatchNorm needs two frames: --batch-size or --segments 2 or more")
     return args
 
 
 def refuse_unfit(data):
-    """Raises BadInput where clips' vectors cannot be followed. Broken files: see ClipLoader."""
+    """Raises BadInput where clips' vectors cannot be followed."""
     unfit, clips = [], data.train + data.test
     for path, _ in clips:
         with contextlib.suppress(common.BadVideo):
@@ -642,8 +560,7 @@ def main(argv=None):
     if "toy" in args.networks:
         torch.set_num_threads(1)  # small networks run faster on one thread
     if WORLD > 1:
-        dist.init_process_group("nccl" if GPU else "gloo", timeout=datetime.timedelta(hours=12),
-                                device_id=DEVICE if GPU else None)  # 12: process 0 may label
+        dist.init_process_group("nccl" if GPU else "gloo", device_id=DEVICE if GPU else None)
     cache = Path(args.out) / "cache"
     data = common.read_data(args.data, args.split, args.allow_missing, cache, "toy-pairs")
     if not args.reencode:
@@ -666,48 +583,37 @@ def main(argv=None):
 
     train_streams(streams, data, mirror, args, flags, run, log)
     train_exits(streams, exits, data, held, mirror, args, flags, about, run, log)
-    minima = flatness(streams, exits, data, args) if args.flatness and RANK == 0 else []
     top1 = evaluate(streams, exits, data.test, data.bad, args)
     if WORLD > 1:
         dist.destroy_process_group()
+    minima = flatness(streams, exits, data, args) if args.flatness and RANK == 0 else []
     if RANK == 0:
-        report(streams, exits, top1, minima, data, held, args, log, run, began)
+        report(top1, minima, data, held, args, log, run, began)
     return {"top1": top1, "flatness": minima}
 
 
-def report(streams, exits, top1, minima, data, held, args, log, run, began):
-    """Measure, with nothing else running; write record and picture; print tables and RESULT."""
-    cost, rows = costs(streams, exits, args), []
-    for stream, k in itertools.product(STREAMS, range(4)):
-        row = {"network": f"{stream} {streams.nets[stream].name}", "exit": k + 1}
-        row["GMAC"], row["ms"] = cost[stream][k]
-        rows.append(row | {order: top1[order][stream][k] for order in args.order})
-    print(f"{table(rows)}\ntop-1 of {len(data.test)} test clips, chance 1/{len(data.classes)}. "
-          f"GMAC, ms: of a clip, with the exits before; exit 4: the network's own")
+def report(top1, minima, data, held, args, log, run, began):
+    """Write record and pictures; print tables and RESULT."""
+    rows = []
+    for stream, k in itertools.product(STREAMS, (1, 2, 3)):
+        row = {order: top1[f"{order}-{stream}{k}"] for order in args.order}
+        rows.append({"exit": f"{stream}{k}", **row, "whole network": top1[f"{stream}4"]})
+    print(f"{table(rows)}\ntop-1 of {len(data.test)} test clips, chance 1/{len(data.classes)}")
     if minima:
-        print(f"{table(minima)}\nse: standard error; of exits, the sum of three")
-        for what, (mv, r, i) in (("", minima[:3]), (" at equal loss", minima[3:6])):
-            holds = "holds" if i["trace"] < r["trace"] < mv["trace"] else "does not hold"
-            print(f"The paper's order of flatness, I < R < MV, {holds} by the trace{what}")
+        mv, r, i = (row["trace"] for row in minima[:3])
+        print(f"{table(minima)}\nse: standard error; exits: sum of three. The paper's I < R < MV "
+              f"{'holds' if i < r < mv else 'does not hold'} here by the trace of the Hessian")
     if held:
-        curves, rows = phases(log, args.order), []
-        for stream, order in itertools.product(STREAMS, args.order):
-            row = {"exits of": stream, "order": order}
-            rows.append(row | {f"epoch {n}": x for n, x in curves[stream][order]})
-        common.plot(curves, "epoch", "top-1 of held-out clips", run / "phases.png")
-        print(f"{table(rows)}\ntop-1 of {len(held)} held-out clips, mean of exits 1-3, at the ends "
-              f"of sixths 1, 2, 4, 5, 6 of the training")
-        print(f"NOTE {len(held)} training clips were held out: do not compare with published top-1")
+        print(f"{table(phases(log, args, run / 'phases.png'))}\ntop-1 of {len(held)} held-out "
+              f"clips, mean of exits 1-3, after sixths 1, 2, 4, 5, 6 of the training\n"
+              f"NOTE with {len(held)} clips held out, top-1 does not compare with the paper's")
     for note in data.notes():
         print(f"NOTE {note}")
-    results = {"top1": top1, "cost": cost, "flatness": minima}
-    write_record(run / "run.json", args, data, results, log, began)
+    write_record(run / "run.json", args, data, {"top1": top1, "flatness": minima}, log, began)
     draw_streams(data, args, run / "run.png")
-    scores = [f"{stream}4={top1[args.order[0]][stream][3]:.4f}" for stream in STREAMS]
-    scores += [f"{name}={x:.4f}" for name, x in by_name(top1).items()]
+    scores = [f"{name}={x:.4f}" for name, x in top1.items()]
     print(f"record, checkpoints, pictures: {run}\nRESULT pkd_compressed data={data.name} "
-          f"split={args.split} seed={args.seed} {' '.join(scores)} "
-          f"seconds={time.time() - began:.0f}")
+          f"split={args.split} seed={args.seed}", *scores, f"seconds={time.time() - began:.0f}")
 
 
 if __name__ == "__main__":
