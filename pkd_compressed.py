@@ -37,7 +37,9 @@ Differs from the paper and its code: the code trains progressive for 300 epochs,
 anti in thirds; its third teacher is self on batch statistics, the paper's is i; it starts from
 unreleased Kinetics weights; BatchNorm moves in its "frozen" networks; its exits' linear bias is not
 trained; it reports each exit's best epoch on the test list, not the last. One crop and flip serve
-all. Exits see P-frames by segment, not by group. A fifth of the clips is held out (--holdout).
+all streams, from a few fixed crops for exits; the test view is the middle square. Copies have
+I-frames at scene cuts, too. Exits see P-frames by segment, not by group. A fifth of the training
+clips is held out (--holdout). More on motion and residuals: common.py.
 """
 import argparse
 import contextlib
