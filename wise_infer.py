@@ -220,6 +220,8 @@ class Cascade:
         lost = (labels < 0).sum().item()
         if lost == len(clips) or lost > max(10, .01 * len(clips)):
             raise common.BadInput(f"{lost} of {len(clips)} clips cannot be decoded, last {path}")
+        if not all(part.isfinite().all() for part in z.values()):
+            raise common.BadInput("logits of the checkpoint are not finite")
         return z, labels
 
     def join(self, z, segments):
@@ -397,6 +399,9 @@ def load(args):
         raise common.BadInput(f"{path} is missing; make it with: python pkd_compressed.py {flags}")
     saved = common.read_saved(path, "flags", "streams", "exits", "classes", "data")
     flags = saved["flags"]
+    known = {"data", "split", "seed", "clips", "copies", "holdout", "networks", "size", "segments"}
+    if not known | {"order"} <= flags.keys():
+        raise common.BadInput(f"{path} was written by another version, or is no such checkpoint")
     orders, saved["data"] = flags["order"], Path(saved["data"]).name
     args.split, args.seed = flags["split"], flags["seed"]
     flags["copies"] = flags["copies"] and f"{args.out}/cache/{saved['data']}-mpeg4"
@@ -480,6 +485,8 @@ def report(scores, results, curves, data, args, began):
           f"{results['ms']:.1f} ms with decoding, {results['same']:.1%} of the classes as here")
     if results["sweep"]:
         print(table(results["sweep"]))
+    if scores["wise"] < scores["fusion"]:
+        print("NOTE learned weights lose to late fusion on the test clips")
     if results["seen"]:
         print("NOTE no clips were held out: W and theta are fitted to clips seen in training")
     for note in data.notes():
