@@ -44,6 +44,7 @@ clips is held out (--holdout). More on motion and residuals: common.py.
 import argparse
 import contextlib
 import copy
+import datetime
 import functools
 import itertools
 import json
@@ -562,7 +563,8 @@ def main(argv=None):
     if "toy" in args.networks:
         torch.set_num_threads(1)  # small networks run faster on one thread
     if WORLD > 1:
-        dist.init_process_group("nccl" if GPU else "gloo", device_id=DEVICE if GPU else None)
+        dist.init_process_group("nccl" if GPU else "gloo", timeout=datetime.timedelta(hours=12),
+                                device_id=DEVICE if GPU else None)  # 12: copies may be made
     cache = Path(args.out) / "cache"
     data = common.read_data(args.data, args.split, args.allow_missing, cache, "toy-pairs")
     if not args.reencode:
