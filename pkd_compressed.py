@@ -456,7 +456,7 @@ def draw_streams(data, args, path):
         for name, picture in pictures.items():
             zoom = F.interpolate(picture.float(), scale_factor=192 / coded.size[0])[0].byte()
             zoom = F.pad(TF.center_crop(zoom, [192, 256]), (0, 0, 16, 0))
-            tiles.append(draw_bounding_boxes(zoom, torch.tensor([[0, 0, 255, 207]]), [name]))
+            tiles.append(draw_bounding_boxes(zoom, torch.tensor([[0, 0, 255, 207]]), [name], "red"))
     with common.renamed(path) as part:
         part.write_bytes(bytes(encode_png(make_grid(tiles, 4)).numpy()))
 
