@@ -1248,16 +1248,16 @@ def _train_toy_clip(name, path, steps=300, batch=128):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
     tokenize = functools.cache(lambda caption: tokenizer([caption])[0])
     for _ in range(steps):
-        stills, captions = [], []
-        for _ in range(batch):
-            truth = toy_truth(rng, "growing", str(rng.choice(SCENES)))
+        truths = [toy_truth(rng, "growing", str(rng.choice(SCENES))) for _ in range(batch)]
+        stills = []
+        for truth in truths:
             truth |= {"x": rng.uniform(.15, .85), "y": rng.uniform(.15, .85)}
             stills.append(draw_toy(truth, [truth["x"]], [truth["y"]], [rng.uniform(.1, .25)], 32))
-            captions.append(tokenize(toy_caption(truth)))
         pixels = torch.from_numpy(np.concatenate(stills)).permute(0, 3, 1, 2) / 255
         image = clip.encode_image(TF.normalize(pixels, clip.visual.image_mean,
                                                clip.visual.image_std), normalize=True)
-        text = clip.encode_text(torch.stack(captions), normalize=True)
+        captions = torch.stack([tokenize(toy_caption(truth)) for truth in truths])
+        text = clip.encode_text(captions, normalize=True)
         logits, target = clip.logit_scale.exp() * image @ text.T, torch.arange(batch)
         (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)).backward()
         optimizer.step()

@@ -129,7 +129,7 @@ def test_heads_start_as_the_identity_and_adversarial_reverses_the_gradient_into_
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_spatial_loss_alone_takes_a_student_to_its_labeller(plain, moves, moving, cache, shuffled):
     """No action labels here. The model of tinyclip_swap.py's run has learned motions and forgotten
-    colours, of which the labeller is sure. Targets of other clips do not bring them back."""
+    colours, of which the labeller is sure. Targets of other clips leave it at chance, 1/6."""
     (videos, _), (tests, _) = moving[0].values()
     task, data = toy_vocabulary()[0], read_data(str(moves))
     labeller = build_action_clip("toy-large", 0, cache)
@@ -160,7 +160,7 @@ def test_spatial_loss_alone_takes_a_student_to_its_labeller(plain, moves, moving
             optimizer.zero_grad()
             schedule.step()
     found = right()
-    assert found < .5 if shuffled else found > .9, found
+    assert found < .35 if shuffled else found > .9, found
 
 
 # ---- vocabularies and ground truth
