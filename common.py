@@ -1167,7 +1167,7 @@ def build_clip(spec, cache="runs/cache"):
     path, tag = weights if Path(weights).is_file() else None, {}
     if not weights and name.startswith("toy-"):
         path = cached(cache, name, functools.partial(_train_toy_clip, name), _train_toy_clip,
-                      draw_toy, toy_truth, toy_caption, config)
+                      _toy_stills.__wrapped__, draw_toy, toy_truth, toy_caption, config)
     elif not weights:
         print(f"{name}: RANDOM WEIGHTS, since no :WEIGHTS were named", file=sys.stderr)
     elif not path and weights != "random":
@@ -1237,27 +1237,36 @@ def load_strictly(module, state, path, name):
             raise BadInput(f"{path}: {key} of {name} has values that are not finite")
 
 
+@functools.cache
+def _toy_stills(steps, batch):
+    """What toy CLIPs learn from, drawn once for all of them -> uint8 (steps * batch, 3, 32, 32),
+    captions"""
+    rng, stills, captions = np.random.default_rng(0), [], []
+    for _ in range(steps):
+        truths = [toy_truth(rng, "growing", str(rng.choice(SCENES))) for _ in range(batch)]
+        for truth in truths:
+            truth |= {"x": rng.uniform(.15, .85), "y": rng.uniform(.15, .85)}
+            stills.append(draw_toy(truth, [truth["x"]], [truth["y"]], [rng.uniform(.1, .25)], 32))
+            captions.append(toy_caption(truth))
+    return torch.from_numpy(np.concatenate(stills)).permute(0, 3, 1, 2), captions
+
+
 @torch.enable_grad()
 def _train_toy_clip(name, path, steps=300, batch=128):
     """In place of a download: train a toy CLIP as CLIP was trained, on toy stills with captions."""
-    rng = np.random.default_rng(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         clip, tokenizer, _ = build_clip(f"{name}:random")
     optimizer = torch.optim.AdamW(clip.parameters(), lr=2e-3, weight_decay=.02, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
-    tokenize = functools.cache(lambda caption: tokenizer([caption])[0])
-    for _ in range(steps):
-        truths = [toy_truth(rng, "growing", str(rng.choice(SCENES))) for _ in range(batch)]
-        stills = []
-        for truth in truths:
-            truth |= {"x": rng.uniform(.15, .85), "y": rng.uniform(.15, .85)}
-            stills.append(draw_toy(truth, [truth["x"]], [truth["y"]], [rng.uniform(.1, .25)], 32))
-        pixels = torch.from_numpy(np.concatenate(stills)).permute(0, 3, 1, 2) / 255
+    stills, captions = _toy_stills(steps, batch)
+    token = {caption: tokenizer([caption])[0] for caption in set(captions)}
+    for start in range(0, steps * batch, batch):
+        pixels = stills[start:start + batch] / 255
         image = clip.encode_image(TF.normalize(pixels, clip.visual.image_mean,
                                                clip.visual.image_std), normalize=True)
-        captions = torch.stack([tokenize(toy_caption(truth)) for truth in truths])
-        text = clip.encode_text(captions, normalize=True)
+        texts = torch.stack([token[caption] for caption in captions[start:start + batch]])
+        text = clip.encode_text(texts, normalize=True)
         logits, target = clip.logit_scale.exp() * image @ text.T, torch.arange(batch)
         (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)).backward()
         optimizer.step()

@@ -9,8 +9,8 @@ DeiT gives a transformer a second token, whose head learns from the teacher whil
 learns from the labels. ActionCLIP's head is the mean over frames, without a token. So a learned
 token stands before the frames: a "token-based" and a "frame-based perspective" are learned at once.
 The abstract credits the gain to the two heads, not to the teacher. The arms separate these: gt has
-no teacher; teacher-on-frame has one head; two-frame-heads has, in place of the token, a linear
-layer on h_frame, initialised as the identity.
+no teacher; teacher-on-frame has one head; two-frame-heads and teacher-on-linear have, in place of
+the token, a linear layer on h_frame, initialised as the identity.
 
 B clips with labels y, frames f (B, T, D), text embeddings t (B, D); p positions; x^ = x / |x|; s =
 exp(logit_scale), learned; v_T, s_T and z_T (B, K) are the teacher's.
@@ -142,7 +142,8 @@ class Arm(NamedTuple):
 
 TEACHER = Arm(None, "frame", swap=False)
 ARMS = {"one-head": Arm(None, "frame"), "gt": Arm("gt"), "hard": Arm("hard"), "soft": Arm("soft"),
-        "two-frame-heads": Arm("gt", "linear"), "teacher-on-frame": Arm("soft", "frame")}
+        "two-frame-heads": Arm("gt", "linear"), "teacher-on-frame": Arm("soft", "frame"),
+        "teacher-on-linear": Arm("soft", "linear")}
 GRID = {"base": TEACHER, "+swap": Arm(None, "frame"),
         "+swap+spatial": Arm(None, "frame", spatial=True), "+swap+two-heads": Arm("gt"),
         "all-three": Arm("gt", spatial=True)}  # --grid names the loss in place of gt

@@ -19,7 +19,7 @@ networks (exit 4); each the mean over a clip's S segments (the consensus).
   third: self or i        anti  third 4/6, r 1/6, mv 1/6;  iframe  i;  self  the exits' own network
 Schedule: AdamW, lr 1e-3 (toys 3e-3; with --imagenet as in CoViAR's code eps 1e-3, mv .01, r .005,
 i .0003, at the input of mv and r .1 of it, on other pretrained layers .01), weight decay .01;
-linear warm-up in the first tenth of the steps, cosine to 0; networks 120 epochs (toys 18), then
+linear warm-up in the first tenth of the steps, cosine to 0; networks 120 epochs (toys 14), then
 exits 60 (toys 18), lr 1e-3 (toys 3e-3); batch 32.
 
   python pkd_compressed.py                     toy clips, ce and progressive, 2 minutes on 2 CPUs
@@ -505,7 +505,7 @@ def parse(argv=None):
     add("--tau", type=float, default=1., help="temperature of eq. (2)")
     add("--degrade", choices=STREAMS, help="this network stops learning after one epoch")
     add("--flatness", action="store_true", help="measure how flat the minima are")
-    add("--epochs", type=int, default=120, help="of the networks; 18 for toy clips")
+    add("--epochs", type=int, default=120, help="of the networks; 14 for toy clips")
     add("--exit-epochs", type=int, default=60, help="of the exits; 18 for toy clips")
     add("--crops", type=int, default=2, help="fixed crops per clip for the exits")
     add("--cache-gb", type=float, default=16., help="limit of the feature cache; HMDB51 takes 72")
@@ -521,7 +521,7 @@ def parse(argv=None):
     add("--workers", type=int, default=max(1, min(8, os.cpu_count() - 1)), help="that decode")
     args, _ = parser.parse_known_args(argv)
     if args.data == "toy":
-        parser.set_defaults(size=32, epochs=18, exit_epochs=18, networks=["toy"] * 3)
+        parser.set_defaults(size=32, epochs=14, exit_epochs=18, networks=["toy"] * 3)
     if "toy" in parser.parse_known_args(argv)[0].networks:
         parser.set_defaults(lr=[3e-3], exit_lr=3e-3)
     if args.imagenet:

@@ -23,7 +23,7 @@ exp(logit_scale); f_i: the labeller's embedding of frame i; b (L, D): of the lab
                        entropy with [q_k > .2], mean over labels. h_k: SpatialHeads in common.py
   (5) total_loss       L = L_action + lambda mean_k L_k
 Schedule: AdamW, lr 5e-6 (toys 4e-4), 10 lr for fusion and heads, weight decay .2; linear warm-up in
-the first tenth of the steps, cosine to 0; 50 epochs (toys 6), batch 32.
+the first tenth of the steps, cosine to 0; 50 epochs (toys 5), batch 32.
 
 Arms: alone, no objectives; spatial; shuffled, targets of other clips (if it gains as much, the gain
 is regularisation); oracle, ground truth as targets; adversarial, reversed gradient into v (DANN).
@@ -515,7 +515,7 @@ def parse(argv=None):
     add("--student", default="toy-small", help="NAME[:WEIGHTS] of the backbone that is trained")
     add("--label-only", action="store_true", help="label and look at the labels; train nothing")
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS[:3]), help="what is trained")
-    add("--epochs", type=int, default=50, help="as ActionCLIP; 6 for toy clips")
+    add("--epochs", type=int, default=50, help="as ActionCLIP; 5 for toy clips")
     add("--batch-size", type=int, default=32, help="of all processes together")
     add("--lr", type=float, default=5e-6, help="of CLIP's towers, as ActionCLIP; 4e-4 for toys")
     add("--compile", action="store_true", help="torch.compile the student")
@@ -526,7 +526,7 @@ def parse(argv=None):
     add("--workers", type=int, default=max(1, min(8, os.cpu_count() - 1)), help="that decode")
     args, _ = parser.parse_known_args(argv)
     if args.data == "toy":
-        parser.set_defaults(epochs=6)
+        parser.set_defaults(epochs=5)
     if args.student.startswith("toy-"):
         parser.set_defaults(lr=4e-4)
     args = parser.parse_args(argv)
