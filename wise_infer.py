@@ -399,8 +399,9 @@ def load(args):
         raise common.BadInput(f"{path} is missing; make it with: python pkd_compressed.py {flags}")
     saved = common.read_saved(path, "flags", "streams", "exits", "classes", "data")
     flags = saved["flags"]
-    known = {"data", "split", "seed", "clips", "copies", "holdout", "networks", "size", "segments"}
-    if not known | {"order"} <= flags.keys():
+    known = {"data", "split", "seed", "clips", "copies", "holdout", "networks", "size", "segments",
+             "order", "shots", "label_noise"}
+    if not known <= flags.keys():
         raise common.BadInput(f"{path} was written by another version, or is no such checkpoint")
     orders, saved["data"] = flags["order"], Path(saved["data"]).name
     args.split, args.seed = flags["split"], flags["seed"]
@@ -420,6 +421,8 @@ def read_clips(saved, path, args):
     if data.digest() != flags["clips"]:
         raise common.BadInput(f"{path} was trained on other clips than {flags['data']} has now")
     data, held = common.hold_out(data, flags["holdout"], flags["seed"])
+    data = common.few_shot(data, flags["shots"], flags["seed"])
+    data = common.noisy_labels(data, flags["label_noise"], flags["seed"])
     return data, held or data.train
 
 
@@ -461,10 +464,13 @@ def main(argv=None):
         for row, right in zip(rows, u_test.argmax(-1) == y_test, strict=True):
             row[name] = right.double().mean().item()
     real, ms = run_for_real(cascade, data.test, W, theta)
-    scores = {"last": rows[-1]["alone"], "last_gmac": whole[args.exit_order[-1]],
-              "fusion": rows[-1]["fusion"], "fusion_gmac": sum(whole.values()),
-              "wise": rows[-1]["WISE"], "wise_gmac": rows[-1]["GMAC"],
-              "early": points["WISE"]["top1"], "early_gmac": points["WISE"]["GMAC"]}
+    last, fused, early = rows[-1], sum(whole.values()), points["WISE"]
+    equal, _, _ = operate(u_test, y_test, theta_of_cost(u, labels, costs, fused), costs)
+    scores = {"last": last["alone"], "last_gmac": whole[args.exit_order[-1]],
+              "uniform": last["uniform"], "fusion": last["fusion"], "fusion_gmac": fused,
+              "paper": last["paper"], "wise": last["WISE"], "wise_gmac": last["GMAC"],
+              "equal": equal["top1"], "equal_gmac": equal["GMAC"], "early": early["top1"],
+              "early_fusion": points["fusion"]["top1"], "early_gmac": early["GMAC"]}
     results = {**scores, "exits": rows, "points": points, "weights": W.tolist(), "prior": prior,
                "theta": theta, "ms": ms, "seen": held is data.train,
                "same": (real == said)[y_test >= 0].double().mean().item(),
@@ -481,8 +487,9 @@ def report(scores, results, curves, data, args, began):
         leave = [f"{row['exit']} {share:.0%}" for row, share in shares if share > 0]
         rows.append({"early exit": name, **point, "leave": " ".join(leave)})
     print(f"{table(results['exits'])}\ntop-1 if all clips stop there; paper: prior 0, l1 .001; "
-          f"WISE: {results['prior']}\n\n{table(rows)}\nall cost the same on held-out clips; real: "
-          f"{results['ms']:.1f} ms with decoding, {results['same']:.1%} of the classes as here")
+          f"WISE: {results['prior']}\n\n{table(rows)}\nall cost the same on held-out clips; "
+          f"equal: WISE leaving at late fusion's cost there; real: {results['ms']:.1f} ms "
+          f"with decoding, {results['same']:.1%} of the classes as here")
     if results["sweep"]:
         print(table(results["sweep"]))
     if scores["wise"] < scores["fusion"]:
@@ -493,7 +500,7 @@ def report(scores, results, curves, data, args, began):
         print(f"NOTE {note}")
     run = run_folder("wise_infer", data, args)
     write_record(run / "run.json", args, data, results, [], began)
-    for name in ("fusion", "wise", "early"):
+    for name in ("fusion", "wise", "equal", "early"):
         curves[f"{name} of RESULT"] = [(scores[f"{name}_gmac"], scores[name])]
     common.plot({"early exits, all theta": curves}, "GMAC a clip", "top-1", run / "run.png")
     scores = [f"{key}={x:.4f}" for key, x in scores.items()]
