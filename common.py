@@ -990,8 +990,9 @@ class ClipLoader(torch.utils.data.DataLoader):
 # ---- views: what networks see of a clip ----------------------------------------------------------
 
 
-def centre_crop(videos, size):
+def centre_crop(videos, size, device="cpu"):
     """Test view, the middle: list of uint8 (T, 3, H, W) -> float (B, T, 3, size, size) in 0..1"""
+    videos = [video.to(device, non_blocking=True) for video in videos]
     return torch.stack([TF.center_crop(video, [size, size]) for video in videos]).float() / 255
 
 

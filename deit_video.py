@@ -356,7 +356,7 @@ def evaluate(student, data, args):
     clips = common.Clips(data.test, args.frames, model.side)
     loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
     for batch in tqdm(loader, "test", leave=False, disable=None):
-        pixels = common.centre_crop([video.to(DEVICE) for video in batch.video], model.size)
+        pixels = common.centre_crop(batch.video, model.size, DEVICE)
         with autocast():
             h_token, h_frame, h = (x.float() for x in student.read(pixels))     # (B, D)
         labels = torch.tensor(batch.label, device=DEVICE)
@@ -405,16 +405,17 @@ def write_record(path, args, data, results, log, began):
 def cost(model, T):
     """What a clip of T frames costs, its texts cached, and clips/s of a batch"""
     many = torch.rand(32 if GPU else 4, T, 3, model.size, model.size, device=DEVICE)
-    ms = milliseconds(lambda: model.encode_video(many[:1]).cpu())
-    rate = 1e3 * len(many) / milliseconds(lambda: model.encode_video(many).cpu())
+    with autocast():
+        ms = milliseconds(lambda: model.encode_video(many[:1]).cpu())
+        rate = 1e3 * len(many) / milliseconds(lambda: model.encode_video(many).cpu())
     return {"M": model.millions(), "GMAC": model.gmac(T), "ms": ms, "clips/s": rate}
 
 
 @torch.no_grad()
 def attention(model, clips, T, i):
     """How much the token attends to each frame of clip i, mean over layers and heads -> (T,)"""
-    video = common.Clips(clips, T, model.side)[0, i].video.to(DEVICE)
-    x = model.fusion.sequence(model.encode_frames(common.centre_crop([video], model.size)))
+    video = common.centre_crop([common.Clips(clips, T, model.side)[0, i].video], model.size, DEVICE)
+    x = model.fusion.sequence(model.encode_frames(video))
     weights = []
     for block in model.fusion.transformer.resblocks:
         n = block.ln_1(x)

@@ -210,7 +210,7 @@ def find_targets(tasks, data, args):
     clips = common.Clips(data.train, args.frames, labeller.side)
     loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
     for batch in tqdm(loader, "labelling", leave=False, disable=None):
-        videos = common.centre_crop([video.to(DEVICE) for video in batch.video], labeller.size)
+        videos = common.centre_crop(batch.video, labeller.size, DEVICE)
         f = labeller.encode_frames(videos).float()                              # (B, T, D)
         read = torch.tensor(batch.label, device=DEVICE) >= 0                    # (B,)
         for q_k, bank in zip(q, banks, strict=True):
@@ -403,7 +403,7 @@ def by_products(student, v, banks):
     of labels per task: the most likely one, or as many as are there"""
     out = [[] for _ in v]
     for task, z in zip(student.tasks, student.heads(v, banks) if banks else [], strict=True):
-        for row, z_b in zip(out, z, strict=True):
+        for row, z_b in zip(out, z.cpu(), strict=True):
             count = int((z_b > 0).sum()) if task.multi_label else 1
             row.append([task.labels[k] for k in z_b.argsort(descending=True)[:count]])
     return out
@@ -420,16 +420,16 @@ def evaluate(student, data, args):
     clips = common.Clips(data.test, args.frames, model.side)
     loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
     for batch in tqdm(loader, "test", leave=False, disable=None):
-        pixels = common.centre_crop([video.to(DEVICE) for video in batch.video], model.size)
+        pixels = common.centre_crop(batch.video, model.size, DEVICE)
         with autocast():
             v = model.encode_video(pixels).float()                              # (B, D)
         top, words = class_scores(v, text).argmax(1), by_products(student, v, banks)
         hits[0] += (top == torch.tensor(batch.label, device=DEVICE)).sum()
-        for b, (_, i) in enumerate(batch.key):
-            said[i], truth = (top[b].item(), words[b]), read_truth(data.test[i][0])
+        for (_, i), k, said_b in zip(batch.key, top.tolist(), words, strict=True):
+            said[i], truth = (k, said_b), read_truth(data.test[i][0])
             for at, task in enumerate(tasks):
                 if task.name in truth:
-                    hits[1 + 2 * at] += truth[task.name] in words[b][at][:1]
+                    hits[1 + 2 * at] += truth[task.name] in said_b[at][:1]
                     hits[2 + 2 * at] += 1
     if WORLD > 1:
         dist.all_reduce(hits)

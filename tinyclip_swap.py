@@ -227,7 +227,7 @@ def train(arm, model, large, data, args, run, log):
 def classify(model, videos, text, views=1):
     """videos: a list of V*T uint8 frames each; text (16, K, D) -> probabilities (B, K), the mean
     over V views"""
-    pixels = common.centre_crop([video.to(DEVICE) for video in videos], model.size)
+    pixels = common.centre_crop(videos, model.size, DEVICE)
     with autocast():
         v = model.encode_video(pixels.unflatten(1, (views, -1)).flatten(0, 1)).float()  # (B*V, D)
     return class_scores(v, text).unflatten(0, (-1, views)).mean(1)
@@ -304,7 +304,7 @@ def stream_step(model, ring, frame, text):
     """ring: deque of the last T frame embeddings, oldest first, which takes in that of `frame`,
     uint8 (3, H, W); until T frames have arrived, the first one is repeated. text (16, K, D)
     -> probabilities (K,)"""
-    pixels = common.centre_crop([frame[None].to(DEVICE)], model.size)           # (1, 1, 3, S, S)
+    pixels = common.centre_crop([frame[None]], model.size, DEVICE)              # (1, 1, 3, S, S)
     with autocast():
         f = model.encode_frames(pixels)[:, 0]                                   # (1, D)
         ring.extend([f] * (1 if ring else ring.maxlen))

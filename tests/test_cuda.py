@@ -1,11 +1,12 @@
 """Steps on a GPU that is not there: tensors that claim to lie on it have shapes, no values. What is
-left on the CPU, or would wait for a value, raises; copies that would wait for the GPU, and matrix
-products that autocast does not reach, are counted."""
+left on the CPU, or has a shape that depends on values, raises; copies and reads of values, which
+wait for the GPU, and matrix products that autocast does not reach, are counted."""
 import collections
 
+import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -14,14 +15,18 @@ import deit_video
 import pkd_compressed
 import spatial_kd
 import tinyclip_swap
+import wise_infer
 
 DEVICE, B, STEPS = torch.device("cuda"), 8, 6  # an epoch of 48 clips
 SMALL = ["--frames", "4", "--epochs", "1", "--batch-size", str(B), "--workers", "0"]
+CALLS = 70  # at most, of a few functions whose time is measured: 23 each
 PRODUCTS = "mm", "addmm", "convolution"  # attention's own upcast is that of no real GPU
+READS = {"item": lambda x: 1., "__bool__": lambda x: False, "__index__": lambda x: 0,
+         "__int__": lambda x: 1, "tolist": lambda x: np.zeros(x.shape).tolist()}
 
 
 class Counter(TorchDispatchMode):
-    """flops: of PRODUCTS per dtype; waits: copies between devices that block"""
+    """flops: of PRODUCTS per dtype; waits: copies between devices that block, values read"""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +55,13 @@ def on_gpu(monkeypatch, toy):
         monkeypatch.setattr(script, "autocast", lambda: torch.autocast("cuda", torch.bfloat16),
                             raising=False)
         monkeypatch.setattr(common.ClipLoader, "__iter__", lambda self: iter(batches))
-        with Counter() as counter:
+        with monkeypatch.context() as patch, Counter() as counter:
+            for name, value in READS.items():
+                def read(tensor, name=name, value=value):
+                    if tensor.device.type == "cuda":
+                        counter.waits.append(f"{name} {tuple(tensor.shape)}")
+                    return value(tensor)
+                patch.setattr(FakeTensor, name, read, raising=False)
             function(*given)
         return counter
 
@@ -75,9 +86,9 @@ def on_gpu(monkeypatch, toy):
         yield run
 
 
-def check(counter):
+def check(counter, most=STEPS):
     """No step waits, and only losses are computed in fp32."""
-    assert len(counter.waits) < STEPS, counter.waits
+    assert len(counter.waits) < most, counter.waits
     assert counter.flops[torch.bfloat16] > 20 * counter.flops[torch.float32]
 
 
@@ -106,31 +117,39 @@ def test_tinyclip_swap(on_gpu, build, clips, tmp_path):
     small, large = [build(common.build_action_clip, "toy-small:random") for _ in range(2)]
     check(on_gpu(tinyclip_swap, batches, tinyclip_swap.train, "small+affinity", small, large, data,
                  args, tmp_path, []))
+    check(on_gpu(tinyclip_swap, tests, tinyclip_swap.evaluate, small, data, args), 3 * len(tests))
+    check(on_gpu(tinyclip_swap, [], tinyclip_swap.measure, small, data, args), CALLS)
     text, ring = torch.rand(16, 6, small.width, device=DEVICE), collections.deque(maxlen=4)
-    on_gpu(tinyclip_swap, [], tinyclip_swap.classify, small, tests[0].video, text)
-    on_gpu(tinyclip_swap, [], tinyclip_swap.stream_step, small, ring, tests[0].video[0][0], text)
+    check(on_gpu(tinyclip_swap, [], tinyclip_swap.stream_step, small, ring, tests[0].video[0][0],
+                 text), 2)
 
 
 @pytest.mark.parametrize("arm", ["spatial", "adversarial"])
 def test_spatial_kd(on_gpu, build, clips, tmp_path, arm):
-    data, _, (batches, _, _) = clips
+    data, _, (batches, tests, _) = clips
     tasks = [task._replace(q=torch.rand(len(data.train), len(task.labels)))
              for task in spatial_kd.toy_vocabulary()]
     model = build(common.build_action_clip, "toy-small:random")
     student = build(spatial_kd.Student, model, tasks)
-    check(on_gpu(spatial_kd, batches, spatial_kd.train, arm, student, data, [False] * 6,
-                 spatial_kd.parse(SMALL), tmp_path, []))
+    args = spatial_kd.parse(SMALL)
+    check(on_gpu(spatial_kd, batches, spatial_kd.train, arm, student, data, [False] * 6, args,
+                 tmp_path, []))
+    check(on_gpu(spatial_kd, tests, spatial_kd.evaluate, student, data, args), 9 * len(tests))
 
 
 @pytest.mark.parametrize("name", ["gt", "hard", "soft"])
 def test_deit_video(on_gpu, build, clips, tmp_path, name):
-    data, _, (batches, _, _) = clips
+    data, _, (batches, tests, _) = clips
     arm, token = deit_video.ARMS[name], deit_video.ARMS[name].second == "token"
     teacher = build(common.build_action_clip, "toy-small:random").requires_grad_(False)
     model = build(common.build_action_clip, "toy-small:random", token=token)
     student = build(deit_video.TwoHeaded, model, arm, [])
+    args = deit_video.parse(SMALL)
     check(on_gpu(deit_video, batches, deit_video.train, name, student, teacher, data, [False] * 6,
-                 deit_video.parse(SMALL), tmp_path, []))
+                 args, tmp_path, []))
+    check(on_gpu(deit_video, tests, deit_video.evaluate, student, data, args), 3 * len(tests))
+    check(on_gpu(deit_video, [], deit_video.cost, model, 4), CALLS)
+    on_gpu(deit_video, [], deit_video.attention, model, data.test, 4, 0)
 
 
 def test_pkd_compressed(on_gpu, build, clips, tmp_path):
@@ -143,6 +162,13 @@ def test_pkd_compressed(on_gpu, build, clips, tmp_path):
                  args, {}, tmp_path, []))
     check(on_gpu(pkd_compressed, batches, pkd_compressed.train_exits, streams, exits, data, [],
                  [True] * 12, args, {}, {}, tmp_path, []))
+    check(on_gpu(pkd_compressed, batches, pkd_compressed.evaluate, streams, exits, data.train, {},
+                 args), len(batches))
+    cascade = object.__new__(wise_infer.Cascade)
+    vars(cascade).update(nets=streams.nets, heads=exits.heads["ce"], streams=("mv", "r", "i"),
+                         size=32, segments={"mv": 2, "r": 2, "i": 2})
+    look = cascade.look(data.test[0][0])
+    on_gpu(wise_infer, [], cascade.run, look, torch.rand(12, 12, dtype=torch.float64), .9)
 
 
 # ---- mistakes that it must find
