@@ -407,7 +407,7 @@ def parse(argv=None):
     add("--seed", type=int, default=0, help="of initial weights, order and augmentation")
     add("--out", default="runs", help="folder for runs and the cache")
     add("--resume", action="store_true", help="go on with a run that was killed")
-    add("--workers", type=int, default=max(1, min(8, os.cpu_count() - 1)), help="that decode")
+    add("--workers", type=int, default=max(1, min(16, os.cpu_count() - 1)), help="that decode")
     args, _ = parser.parse_known_args(argv)
     if args.data == "toy":
         parser.set_defaults(epochs=6)

@@ -1,16 +1,20 @@
-"""Three benchmarks; not collected by pytest. Run them by hand, on an idle machine, one thread:
-`python tests/bench.py`, the last one alone: `python tests/bench.py stream`. What is compared takes
-turns; figures are min-median-max.
+"""Five benchmarks; not collected by pytest. Run them by hand, on an idle machine, one thread:
+`python tests/bench.py`, or some of them: `python tests/bench.py step stream`. What is compared
+takes turns; figures are min-median-max.
 
-1. Time to read 3 segments of an MPEG-4 clip of 340 x 256. floor: common.decode of these frames and
-nothing else; motion; all: I-frame, frame and motion; all with the residual, computed on the CPU.
-2. Clips per second of exit training, with and without the cache of the frozen networks' outputs.
-3. A step on a stream (tinyclip_swap.py --watch) beside T = 8 frames encoded anew; 224 pixels.
+reading: CPU ms to read a clip of 8 frames for training, and how many cores keep an H200 busy.
+coded: ms to read 3 segments of an MPEG-4 clip of 340 x 256. floor: common.decode of these frames
+and nothing else; motion; all: I-frame, frame, motion; all with the residual, computed on the CPU.
+exits: clips/s of exit training, with and without the cache of the frozen networks' outputs.
+step: ms of a training step of ActionCLIP, 8 frames of 224 pixels: view, and networks with AdamW. On
+a GPU with MFU, the share of an H100's peak that forward and backward need, peak memory, --compile.
+stream: a step on a stream (tinyclip_swap.py --watch) beside T = 8 frames encoded anew; 224 pixels.
 """
 import collections
 import contextlib
 import functools
 import io
+import itertools
 import json
 import sys
 import tempfile
@@ -69,7 +73,65 @@ def spread(x):
     return f"{x[0]:.2f}-{np.median(x):.2f}-{x[-1]:.2f}"
 
 
-def bench_decoding(repeats=100):
+def bench_reading(repeats=40):
+    """Of an H200, ViT-B-16 is taken to use .4 of the peak: some 470 clips of 8 frames a second."""
+    need = .4 * tinyclip_swap.PEAK / (6e9 * 140.7)
+    print(f"\nCPU ms to read a clip for training; cores for {need:.0f} clips/s")
+    x264 = {"g": "250", "bf": "3", "crf": "23", "qmin": "0", "qmax": "51"}
+    files = {"MPEG-4 AVI, 320 x 240, 4 s, as HMDB51": ("a.avi", "mpeg4", 4, 240, 320, {"bf": "1"}),
+             "MPEG-4, 340 x 256, 5 s, as --reencode": ("b.mp4", "mpeg4", 5, 256, 340, {}),
+             "H.264, 340 x 256, 10 s": ("c.mp4", "libx264", 10, 256, 340, x264)}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (file, codec, seconds, high, wide, options) in files.items():
+            path = f"{folder}/{file}"
+            loop = itertools.cycle([frame[:high, :wide] for frame in moving(4)])
+            frames = list(itertools.islice(loop, 30 * seconds))
+            common.write_video(path, frames, 30, codec, **options)
+            rng, spent = np.random.default_rng(0), []
+            for _ in range(3 + repeats):
+                start = time.process_time()
+                at = common.segment_indices(common.video_index(path).count, 8, rng)
+                common.read_frames(path, at, 256, enlarge=False)
+                spent.append(1e3 * (time.process_time() - start))
+            spent = np.sort(spent[3:])
+            print(f"{name:38} {spread(spent):18} {need * np.median(spent) / 1e3:.1f} cores")
+
+
+def bench_step():
+    names, size, gpu = ["TinyCLIP-ViT-40M-32-Text-19M"], 2, tinyclip_swap.GPU
+    if gpu:
+        names, size = [*names, "ViT-B-16"], 64
+    print(f"\na training step, batch {size}, {tinyclip_swap.MACHINE}: ms")
+    for name, compiled in itertools.product(names, (False, True) if gpu else (False,)):
+        model = common.build_action_clip(f"{name}:random").to(tinyclip_swap.DEVICE).train()
+        gmac = model.gmac(8)
+        if compiled:
+            model.encode_video = torch.compile(model.encode_video)
+        step = functools.partial(learn, model, tinyclip_swap.make_optimizer(model, 5e-6, 100)[0])
+        videos = list(torch.randint(256, (size, 8, 3, 256, 340), dtype=torch.uint8))
+        batch = common.Sample(videos, [0] * size, [(0, i) for i in range(size)], [])
+        look = functools.partial(common.training_view, batch, model.size, [True], 0,
+                                 tinyclip_swap.DEVICE)
+        view, networks = timed([look, functools.partial(step, look())], 20 if gpu else 3)
+        print(f"{name}{' compiled' * compiled}: view {spread(view)}, networks {spread(networks)}")
+        if gpu:
+            rate, both = (1e3 * size / np.median(ms) for ms in (networks, view + networks))
+            print(f"  {rate:.0f} clips/s, MFU {6e9 * gmac * rate / tinyclip_swap.PEAK:.0%}; with "
+                  f"the view {both:.0f} clips/s; {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+
+
+def learn(model, optimizer, view):
+    """A step of eq. (1), every clip of its own class"""
+    tokens = model.prompts([str(i) for i in range(len(view))])[0]               # (B, L)
+    with tinyclip_swap.autocast():
+        v, t, scale = model(view, tokens)
+    labels = torch.arange(len(view), device=view.device)
+    tinyclip_swap.kl_pair(v.float(), t.float(), labels, scale).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def bench_coded(repeats=100):
     print(f"\n{SEGMENTS} segments at {W} x {H}: ms, times the floor")
     with tempfile.TemporaryDirectory() as folder:
         for name, speed in (("fast", 4), ("slow", .5), ("still", 0)):
@@ -115,7 +177,5 @@ def bench_stream(T=8, repeats=30):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1:] != ["stream"]:
-        bench_decoding()
-        bench_exits()
-    bench_stream()
+    for name in sys.argv[1:] or ("reading", "coded", "exits", "step", "stream"):
+        globals()[f"bench_{name}"]()
