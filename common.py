@@ -1341,11 +1341,13 @@ class MeanHead(nn.Module):
 class ActionCLIP(nn.Module):
     """A CLIP and a fusion head: videos and texts -> embeddings of one space, not normalised. Pixels
     are normalised in here, each CLIP's own way. name: of the backbone; frames: T of the checkpoint,
-    or None; size: side of the frames; side: shorter side to decode to (224: 256); width: D."""
+    or None; templates: the sentences about a class; size: side of the frames; side: shorter side to
+    decode to (224: 256); width: D."""
 
     def __init__(self, name, clip, tokenizer, fusion_layers=6, token=False):
         super().__init__()
-        self.name, self.clip, self.tokenizer, self.frames = name, clip, tokenizer, None
+        self.name, self.clip, self.tokenizer = name, clip, tokenizer
+        self.frames, self.templates = None, PROMPTS
         self.size, self.width = int(np.max(clip.visual.image_size)), clip.text_projection.shape[1]
         self.side = round(self.size * 8 / 7)
         for key, value in (("mean", clip.visual.image_mean), ("std", clip.visual.image_std)):
@@ -1370,8 +1372,9 @@ class ActionCLIP(nn.Module):
         texts = [self.clip.encode_text(part) for part in tokens.flatten(0, -2).split(512)]
         return torch.cat(texts).unflatten(0, tokens.shape[:-1])
 
-    def prompts(self, classes, templates=PROMPTS):
-        """K class names -> token ids (P, K, L), template-major, P = 16 templates"""
+    def prompts(self, classes, templates=None):
+        """K class names -> token ids (P, K, L), template-major, P = 16 templates or the model's"""
+        templates = templates or self.templates
         tokens = [self.tokenizer(list(map(template.format, classes))) for template in templates]
         tokens = torch.stack(tokens)
         if min(len(texts.unique(dim=0)) for texts in tokens) < len(set(classes)):
@@ -1380,7 +1383,7 @@ class ActionCLIP(nn.Module):
         return tokens.to(self.mean.device)
 
     @torch.no_grad()
-    def embed_classes(self, classes, templates=PROMPTS):
+    def embed_classes(self, classes, templates=None):
         """K class names -> (P, K, D), computed once: deployed, the text tower does not run."""
         out = self.eval().encode_text(self.prompts(classes, templates)).float()
         if not out.isfinite().all():
@@ -1388,8 +1391,9 @@ class ActionCLIP(nn.Module):
         return out
 
     def forward(self, video, tokens):
-        """-> video (B, D), text (B, D), and the scale s = exp(logit_scale)"""
-        return self.encode_video(video), self.encode_text(tokens), self.clip.logit_scale.exp()
+        """-> video (B, D), text (..., D) or None, and the scale s = exp(logit_scale)"""
+        text = None if tokens is None else self.encode_text(tokens)
+        return self.encode_video(video), text, self.clip.logit_scale.exp()
 
     def millions(self):
         """Parameters in millions, without the word table (token embeddings)"""
@@ -1407,13 +1411,14 @@ class ActionCLIP(nn.Module):
 
     def about(self, frames):
         """What a checkpoint must say beside the weights, for build_action_clip"""
-        return {"backbone": self.name, "quick_gelu": self.clip.quick_gelu, "frames": frames}
+        return {"backbone": self.name, "quick_gelu": self.clip.quick_gelu, "frames": frames,
+                "templates": self.templates}
 
 
 def build_action_clip(spec, fusion_layers=6, cache="runs/cache", token=False, checkpoint=None):
     """ActionCLIP on the backbone NAME[:WEIGHTS] (see build_clip); fusion_layers=0: MeanHead. An
     ActionCLIP checkpoint as WEIGHTS brings its fusion head, with the token if it has one.
-    checkpoint: such a file; ours name their own backbone and frames. Raises BadInput."""
+    checkpoint: such a file; ours name their own backbone, frames, templates. Raises BadInput."""
     if checkpoint:
         saved = read_weights(checkpoint)
         if "fusion" not in saved:
@@ -1429,6 +1434,8 @@ def build_action_clip(spec, fusion_layers=6, cache="runs/cache", token=False, ch
         model.frames = saved.get("frames")
         if model.frames is not None and not (type(model.frames) is int and 0 < model.frames < 78):
             raise BadInput(f"{path} says that it has {model.frames} frames; 1 to 77 are possible")
+    if checkpoint:
+        model.templates = saved.get("templates", PROMPTS)
     return model
 
 

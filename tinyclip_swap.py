@@ -4,11 +4,12 @@ Technique 1 of Frans Huntink's master thesis, "Bridging the gap: Threefold knowl
 for language-enabled action recognition models operating in real-time scenarios" (Utrecht, 2024), on
 ActionCLIP (Wang, Xing, Liu 2021, arXiv 2109.08472) and TinyCLIP (Wu et al., ICCV 2023).
 
-ActionCLIP encodes T frames with CLIP's image tower, fuses them with a small transformer and
-compares the result with the embedding of a sentence, "a video of <action>". Nearly all of its cost
-is the image tower. TinyCLIP is CLIP distilled into a smaller CLIP, on 15 or 400 million images with
-captions. So put its towers in place of the large ones and fine-tune on actions as usual. Here both
-are trained alike, tested on all clips and measured.
+ActionCLIP encodes T frames with CLIP's image tower, nearly all of its cost, fuses them with a small
+transformer and compares the result with the embedding of a sentence, "a video of <action>".
+TinyCLIP is CLIP distilled into a smaller CLIP on images with captions. So put its towers in place
+of the large ones and fine-tune on actions as usual: both are trained, tested and measured alike.
+--compare has other arms, on one backbone: ViFi-CLIP (Rasheed et al., CVPR 2023: mean over frames,
+both towers tuned), Text4Vis (Wu et al., AAAI 2023: frozen class texts as the classifier), and CLIP.
 
 B clips with labels y, video embeddings v and text embeddings t, (B, D); x^ = x / |x|; s is the
 learned scale exp(logit_scale); _s is the small model, _t the large one.
@@ -18,11 +19,14 @@ learned scale exp(logit_scale); _s is the small model, _t the large one.
                      test clips get the class of the largest p, mean over their views
   (3) affinity_loss  L = 1/2 [CE(A_t, A_s) + CE(A_t', A_s')], A = softmax_rows(scale v^ t^'), A' the
                      same of t^ v^'; CE = -sum_k A_t log A_s, mean over B; it needs no labels
+  (4) class_cross_entropy  L = -log softmax_k(s v^ . t_k^)[y], mean over B, no label smoothing;
+                     t (K, D): every class under one template, which is P = 1 in eq. (2)
 Schedule: AdamW, lr 5e-6 (toys 4e-4), 10 lr for the fusion head, weight decay .2; linear warm-up in
 the first tenth of the steps, cosine to 0; 50 epochs (toys 6), batch 32. All weights are trained.
 
   python tinyclip_swap.py                              toy clips, 2 minutes on 2 CPU cores
   python tinyclip_swap.py --recover affinity           a third arm: small + eq. (3)
+  python tinyclip_swap.py --compare                    ActionCLIP, ViFi-CLIP, Text4Vis, CLIP
   python tinyclip_swap.py --unseen 4                   four classes held out of training, and tested
   python tinyclip_swap.py --data HMDB51 --large ViT-B-32:openai --batch-size 64 \\
       --small TinyCLIP-ViT-40M-32-Text-19M:TinyCLIP-ViT-40M-32-Text-19M-LAION400M.pt
@@ -35,10 +39,12 @@ RESULT tinyclip_swap data=toy split=1 seed=0 large=0.9767 small=0.9300 gmac_rati
 Differs from ActionCLIP's code (sallymmx/ActionCLIP @31c34df): fp32 weights with bf16 autocast, not
 fp16; frames are random in their segments; jitter is drawn once per clip; no weight decay on norms,
 biases, embeddings and scales; logit_scale is at most ln 100; gradients are clipped at norm 1; the
-last epoch counts, not the best; class names are words (--eval-only of its UCF101 checkpoints uses
-its ApplyEyeMakeup). Dense windows are 128 frames as in Text4Vis (TSM: 64), which averages features
-over views, not probabilities. From TinyCLIP: eq. (3) has weight 1 beside eq. (1); the large model's
-scale is 50, as there; the small one's is learned, there it is 50, too.
+last epoch counts, not the best; class names are words (its UCF101 checkpoints: ApplyEyeMakeup).
+TinyCLIP: eq. (3) has weight 1 beside eq. (1); the large model's scale is 50, as there, the small
+one's is learned. All models of --compare learn s, as in their code; they train as ActionCLIP does.
+ViFi-CLIP @dea0d7e: label smoothing .1, mixup, lr 8e-6, weight decay .001, fixed word vectors.
+Text4Vis @238c07f: warm-up in 5 of 30 epochs; features of views averaged; dense windows as here.
+Zero-shot CLIP: 16 templates here. X-CLIP (attention across frames in the tower) is not included.
 """
 import argparse
 import collections
@@ -55,6 +61,7 @@ import time
 import timeit
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -62,6 +69,7 @@ import open_clip
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from tqdm import tqdm
 
@@ -74,9 +82,8 @@ AFFINITY_WEIGHT, SCALE_T = 1., 50.  # of eq. (3)
 if GPU:
     torch.cuda.set_device(DEVICE)
 MACHINE = torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU"
-PEAK = 989e12  # dense bf16 operations per second of an H100 or H200
 
-# ---- the method: eqs. (1)-(3) --------------------------------------------------------------------
+# ---- the method: eqs. (1)-(4) --------------------------------------------------------------------
 
 
 def kl_pair(video, text, labels, scale):
@@ -95,15 +102,56 @@ def class_scores(video, text):
     return logits.softmax(-1).mean(1)                                           # (B, K)        (2)
 
 
+def similarity(video, text, scale):
+    """Logits of eqs. (3) and (4). video (B, D), text (K, D), for (3) of B clips -> (B, K)"""
+    return scale * F.normalize(video, dim=-1) @ F.normalize(text, dim=-1).T     # (B, K)
+
+
 def affinity_loss(video_s, text_s, video_t, text_t, scale_s, scale_t):
     """TinyCLIP's affinity mimicking, eq. (3). video_*, text_* (B, D_*) -> scalar"""
-    v_s, t_s, v_t, t_t = (F.normalize(x, dim=-1) for x in (video_s, text_s, video_t, text_t))
-    logits_s, logits_t = scale_s * v_s @ t_s.T, scale_t * v_t @ t_t.T           # (B, B)
+    logits_s = similarity(video_s, text_s, scale_s)                             # (B, B)
+    logits_t = similarity(video_t, text_t, scale_t)                             # (B, B)
     return (F.cross_entropy(logits_s, logits_t.softmax(1))                      # (3), v to t
             + F.cross_entropy(logits_s.T, logits_t.T.softmax(1))) / 2           # (3), t to v
 
 
-# ---- the rest is plumbing: training --------------------------------------------------------------
+def class_cross_entropy(video, text, labels, scale):
+    """ViFi-CLIP's and Text4Vis's loss, eq. (4). video (B, D), text (K, D), labels (B,) -> scalar"""
+    return F.cross_entropy(similarity(video, text, scale), labels)              # ()            (4)
+
+
+# ---- the rest is plumbing: arms, training --------------------------------------------------------
+
+
+class Recipe(NamedTuple):
+    head: str = "fusion"  # or mean, over frames
+    text: str = "tuned"  # or frozen, the tower
+    loss: str = "kl_pair"  # or class_cross_entropy, or none: untrained
+    templates: tuple = common.PROMPTS
+
+
+ARMS = {
+    "large": Recipe(), "small": Recipe(), "small+affinity": Recipe(), "actionclip": Recipe(),
+    "vifi-clip": Recipe("mean", "tuned", "class_cross_entropy", ("a photo of a {}.",)),
+    "text4vis": Recipe("fusion", "frozen", "class_cross_entropy", ("a video of a person {}.",)),
+    "zero-shot": Recipe("mean", "frozen", "none"),
+    "checkpoint": Recipe(loss="none")}  # its file knows the rest
+
+
+def build_arm(arm, args):
+    """-> the network of an arm, the same whatever other arms there are"""
+    torch.manual_seed(args.seed)
+    spec, file = args.small if "small" in arm else args.large, args.checkpoint
+    fusion = common.read_weights(file).get("fusion") if file else ARMS[arm].head == "fusion"
+    model = common.build_action_clip(spec, args.fusion_layers if fusion else 0,
+                                     Path(args.out) / "cache", checkpoint=file).to(DEVICE)
+    if not file:
+        model.templates = ARMS[arm].templates
+    if args.compile:
+        torch.compiler.config.recompile_limit = 64  # arms x batch sizes x training, testing
+        model.encode_video = torch.compile(model.encode_video)
+    return model
+
 
 autocast = functools.partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=GPU)
 
@@ -172,8 +220,13 @@ def resume(path, parts):
 
 
 def train(arm, model, large, data, args, run, log):
-    """Train one arm by eq. (1), and by eq. (3) where `large` is given. After each epoch, add a row
+    """Train one arm by its loss, and by eq. (3) where `large` is given. After each epoch, add a row
     to `log` and write RUN/ARM-last.pt, from which --resume goes on."""
+    recipe, texts = ARMS[arm], None
+    if recipe.text == "frozen":
+        texts = model.embed_classes(data.classes)[0]                            # (K, D), once
+        for name, weight in model.clip.named_parameters():
+            weight.requires_grad_(name.startswith("visual.") or name == "logit_scale")
     clips = common.Clips(data.train, args.frames, model.side, args.sampling, args.views, True,
                          args.seed)
     loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
@@ -183,7 +236,7 @@ def train(arm, model, large, data, args, run, log):
     path, flags = run / f"{arm}-last.pt", {"clips": data.digest(), **vars(args)}
     rows = resume(path, parts) if args.resume and path.exists() else []
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    prompts = model.prompts(data.classes)                                       # (16, K, L)
+    prompts = model.prompts(data.classes)                                       # (P, K, L)
     prompts_t = large.prompts(data.classes) if large else None                  # (16, K, L_t)
     mirror = common.mirrors(data.classes)
     for epoch, batches in loader.epochs(len(rows), args.epochs):
@@ -196,25 +249,31 @@ def train(arm, model, large, data, args, run, log):
             numbers = draws, batch.label                                        # (B/W,) each
             draws, own = (torch.tensor(x).to(DEVICE, non_blocking=True) for x in numbers)
             labels = gather(own)                                                # (B,)
+            tokens = prompts[draws, own] if recipe.loss == "kl_pair" else prompts[0]
             with autocast():
-                v, t, scale = wrapped(view, prompts[draws, own])
-            v, t = gather(v.float()), gather(t.float())                         # (B, D)
-            pair, affinity = kl_pair(v, t, labels, scale), torch.zeros((), device=DEVICE)
+                v, t, scale = wrapped(view, tokens if texts is None else None)
+            v, t = gather(v.float()), texts if t is None else t.float()         # (B, D), (K, D)
+            if recipe.loss == "kl_pair":
+                t = gather(t)                                                   # (B, D)
+                loss = kl_pair(v, t, labels, scale)
+            else:
+                loss = class_cross_entropy(v, t, labels, scale)
+            affinity = torch.zeros((), device=DEVICE)
             if large:
                 view = common.training_view(batch, large.size, mirror, args.seed, DEVICE)
                 with torch.no_grad(), autocast():  # frozen
                     v_t, t_t, _ = large.eval()(view, prompts_t[draws, own])
                 v_t, t_t = gather(v_t.float()), gather(t_t.float())             # (B, D_t)
                 affinity = affinity_loss(v, t, v_t, t_t, scale, SCALE_T)
-            (pair + AFFINITY_WEIGHT * affinity).backward()
+            (loss + AFFINITY_WEIGHT * affinity).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
             model.clip.logit_scale.data.clamp_(max=math.log(100))
-            terms.append(torch.stack([pair, affinity]).detach())
+            terms.append(torch.stack([loss, affinity]).detach())
         row = {"arm": arm, "epoch": epoch + 1}
-        row.update(zip(("kl_pair", "affinity"), loader.mean(terms, epoch), strict=True))
+        row.update(zip((recipe.loss, "affinity"), loader.mean(terms, epoch), strict=True))
         row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
         keep(row, rows, args.epochs, path, flags, model.about(args.frames), parts)
     log += rows
@@ -234,8 +293,8 @@ def classify(model, videos, text, views=1):
 
 
 def evaluate(model, data, args):
-    """Test on every clip. -> top-1, top-5, {index: class} of the clips that this process tested"""
-    text, said = model.embed_classes(data.classes), {}                          # (16, K, D)
+    """Test on every clip. -> top-1, top-5"""
+    text = model.embed_classes(data.classes)                                    # (P, K, D)
     hits = torch.zeros(2, device=DEVICE)  # first, among the first five
     clips = common.Clips(data.test, args.frames, model.side, args.sampling, args.views)
     loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
@@ -243,11 +302,9 @@ def evaluate(model, data, args):
         top = classify(model, batch.video, text, args.views).topk(min(5, len(data.classes))).indices
         right = top == torch.tensor(batch.label, device=DEVICE)[:, None]        # (B, 5)
         hits += torch.stack([right[:, 0].sum(), right.sum()])
-        said |= dict(zip([i for _, i in batch.key], top[:, 0].tolist(), strict=True))
     if WORLD > 1:
         dist.all_reduce(hits)
-    top1, top5 = (hits / len(clips)).tolist()
-    return top1, top5, said
+    return (hits / len(clips)).tolist()
 
 
 def milliseconds(function):
@@ -293,8 +350,8 @@ def write_record(path, args, data, results, log, began):
 
 
 # ---- live: --watch. If you only care about the swap, skip to parse() -----------------------------
-# A stream needs a label after every frame. Encoding the last T frames each time would encode each
-# frame T times: here its embedding is kept, and a new frame costs one image pass and one fusion.
+# A stream needs a label after every frame. A new one costs one image pass and one fusion, since the
+# embeddings of the last T frames are kept.
 
 STALL = 10  # seconds without a frame that end the stream
 
@@ -326,9 +383,7 @@ def read_into(frames, source):
 def watch(args):
     """Print a label a second for a stream at its own pace: frames that come while the networks are
     busy are dropped. Exits with 1 where the stream stalls or breaks off."""
-    layers = args.fusion_layers if args.checkpoint else 0  # untrained: mean over frames
-    model = common.build_action_clip(args.large, layers, Path(args.out) / "cache",
-                                     checkpoint=args.checkpoint).to(DEVICE)
+    model = build_arm("checkpoint" if args.checkpoint else "zero-shot", args)
     text = model.embed_classes(args.labels)
     ring = collections.deque(maxlen=model.frames or args.frames)
     print(f"{args.checkpoint or args.large} watches {args.watch} on {MACHINE}: {ring.maxlen} "
@@ -394,6 +449,7 @@ def parse(argv=None):
     add("--small", default="toy-small", help="NAME[:WEIGHTS] of the one swapped in")
     add("--fusion-layers", type=int, default=6, help="of the fusion head; 0: mean over frames")
     add("--recover", choices=("none", "affinity"), default="none", help="a third arm, with eq. (3)")
+    add("--compare", action="store_true", help="instead: four models on --large, eq. (4)")
     add("--checkpoint", "--eval-only", metavar="FILE", help="test it, or --watch with it")
     add("--epochs", type=int, default=50, help="as ActionCLIP; 6 for toy clips")
     add("--batch-size", type=int, default=32, help="of all processes together")
@@ -416,12 +472,12 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     labels = [word.strip() for word in args.labels.split(",")]
     args.labels = [word for word in dict.fromkeys(labels) if word]
-    if min(args.views, args.epochs, args.batch_size) < 1 or args.workers < 0:
-        parser.error("--views, --epochs, --batch-size take 1 or more, --workers 0 or more")
-    if not (1 <= args.frames <= 77 and 0 < args.lr < math.inf and args.fusion_layers >= 0):
-        parser.error("--frames takes 1 to 77, --lr more than 0, --fusion-layers 0 or more")
-    if not (0 <= args.seed < 2 ** 63 and args.shots >= 0 and 0 <= args.label_noise <= 1):
-        parser.error("--seed, --shots take 0 or more, --label-noise 0 to 1")
+    if min(args.views, args.epochs, args.batch_size) < 1 or args.fusion_layers < args.compare:
+        parser.error("--views, --epochs, --batch-size, --fusion-layers of --compare take 1 or more")
+    if not (1 <= args.frames <= 77 and 0 < args.lr < math.inf and 0 <= args.label_noise <= 1):
+        parser.error("--frames takes 1 to 77, --lr more than 0, --label-noise 0 to 1")
+    if not 0 <= args.seed < 2 ** 63 or min(args.shots, args.workers, args.fusion_layers) < 0:
+        parser.error("--seed, --shots, --workers, --fusion-layers take 0 or more")
     if not 0 < args.fps < math.inf or (args.watch and len(args.labels) < 2):
         parser.error('--fps takes more than 0, --watch --labels: --labels "waving, running"')
     return args
@@ -442,54 +498,63 @@ def main(argv=None):
     tests = common.split_unseen(data, args.unseen, args.seed)
     data = common.few_shot(tests[""], args.shots, args.seed)
     data = tests[""] = common.noisy_labels(data, args.label_noise, args.seed)
-    arms, models = {"large": args.large, "small": args.small}, {}
-    if args.recover == "affinity":
-        arms["small+affinity"] = args.small
+    arms = ["large", "small"] if args.recover == "none" else ["large", "small", "small+affinity"]
+    if args.compare:
+        arms = ["actionclip", "vifi-clip", "text4vis", "zero-shot"]
     if args.checkpoint:
-        arms = {"checkpoint": args.large}
+        arms = ["checkpoint"]
         if "backbone" not in common.read_weights(args.checkpoint):
             data.classes = data.official or data.classes
-    for arm, spec in arms.items():
-        torch.manual_seed(args.seed)  # the arms do not depend on each other
-        model = common.build_action_clip(spec, args.fusion_layers, cache, False, args.checkpoint)
-        models[arm] = model.to(DEVICE)
-        if args.checkpoint:
-            args.frames = model.frames or args.frames
-        if args.compile:
-            torch.compiler.config.recompile_limit = 64  # arms x batch sizes x training, testing
-            model.encode_video = torch.compile(model.encode_video)
+    models = {arm: build_arm(arm, args) for arm in arms}
+    if args.checkpoint:
+        args.frames = models["checkpoint"].frames or args.frames
     run = run_folder("tinyclip_swap", data, args)
     if RANK == 0:
         print(f"{data}; {WORLD} process(es), {MACHINE}", flush=True)
 
-    results, answers, log = {}, {}, []
+    results, log = {}, []
     for arm, model in models.items():
         results[arm] = {"arm": arm, "backbone": model.name}
-        if not args.checkpoint:
-            for name, part in tests.items() if args.unseen else ():  # what CLIP alone knows
-                results[arm][f"before{name}"] = evaluate(model, part, args)[0]
+        if "zero-shot" in models:
+            results[arm] |= dict(zip(Recipe._fields[:3], ARMS[arm], strict=False))
+        for name, part in tests.items() if args.unseen and not args.checkpoint else ():
+            results[arm][f"before{name}"] = evaluate(model, part, args)[0]  # what CLIP alone knows
+        if ARMS[arm].loss != "none":
             large = models["large"] if arm == "small+affinity" else None  # trained by now
             train(arm, model, large, data, args, run, log)
         for name, part in tests.items():
-            top1, top5, said = evaluate(model, part, args)
-            results[arm] |= {f"top1{name}": top1, f"top5{name}": top5}
-            answers.setdefault(arm, said)
+            results[arm][f"top1{name}"], results[arm][f"top5{name}"] = evaluate(model, part, args)
     if WORLD > 1:
         dist.destroy_process_group()
     if RANK == 0:
-        report(models, results, answers, tests, args, log, run, began)
+        report(models, results, tests, args, log, run, began)
     return results
 
 
-def report(models, results, answers, tests, args, log, run, began):
+@torch.no_grad()
+def draw_affinity(models, data, args, path):
+    """A of eq. (3), at the same scale for all, of 32 test clips and their sentences, by class"""
+    clips = sorted(data.test, key=lambda clip: clip[1])
+    clips, tiles = clips[::math.ceil(len(clips) / 32)], []
+    for name, model in models.items():
+        read = common.Clips(clips, args.frames, model.side, args.sampling)
+        videos = [read[0, i].video.to(DEVICE) for i in range(len(clips))]
+        texts = model.prompts(data.classes)[0, [label for _, label in clips]]
+        with autocast():
+            v, t, _ = model.eval()(common.centre_crop(videos, model.size), texts)
+        A = similarity(v.float(), t.float(), SCALE_T).softmax(1).cpu()          # (B, B)
+        tile = F.pad((A / A.max()).kron(torch.ones(8, 8)), (2, 2, 14, 2), value=1)
+        title, corner = f"{name}: clips x texts", torch.tensor([[0, 0, 1, 1]])
+        tiles.append(torchvision.utils.draw_bounding_boxes(tile[None], corner, [title]))
+    with common.renamed(path) as part:
+        torchvision.utils.save_image(tiles, part)
+
+
+def report(models, results, tests, args, log, run, began):
     """Measure, with nothing else running; write the record, print the table and RESULT."""
-    data, last = tests[""], {row["arm"]: row for row in log}
+    data = tests[""]
     for arm, model in models.items():
         results[arm] |= measure(model, data, args)
-        if GPU and arm in last:
-            flops = 6e9 * results[arm]["GMAC"] * last[arm]["clips_per_s"] / WORLD  # there and back
-            print(f"training {arm}: {flops / 1e12:.0f} TFLOP/s a GPU ({flops / PEAK:.0%} of an "
-                  f"H100's), {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
     print(table(list(results.values())))
     scores, small, large = [], results.get("small"), results.get("large")
     for arm, r in results.items():
@@ -506,13 +571,12 @@ def report(models, results, answers, tests, args, log, run, began):
         print(f"NOTE {note}")
 
     write_record(run / "run.json", args, data, results, log, began)
-    lines = {}
-    for i in next(iter(answers.values())):
-        said = {"truth": data.test[i][1], **{arm: answers[arm][i] for arm in answers}}
-        text = [f"{who}: {data.classes[k]}" for who, k in said.items()]
-        lines[i] = "   ".join(text), len(set(said.values())) == 1
-    common.contact_sheet(data.test, lines, args.frames, run / "run.png")
-    print(f"record, checkpoints, picture: {run}\nRESULT tinyclip_swap data={data.name} "
+    dots = {arm: [(r["ms"], r["top1"])] for arm, r in results.items()}
+    common.plot({f"{data.name}, {MACHINE}": dots}, "ms a clip", "top-1", run / "accuracy.png")
+    if "small+affinity" in models:
+        shown = {"small before training": build_arm("small", args), **models}
+        draw_affinity(shown, data, args, run / "affinity.png")
+    print(f"record, checkpoints, pictures: {run}\nRESULT tinyclip_swap data={data.name} "
           f"split={args.split} seed={args.seed} {' '.join(scores)} "
           f"seconds={time.time() - began:.0f}")
 

@@ -71,12 +71,13 @@ def on_gpu(monkeypatch, toy):
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
 
-    def prompts(self, classes, templates=common.PROMPTS):
-        shape = len(templates), len(classes), self.clip.context_length
+    def prompts(self, classes, templates=None):
+        shape = len(templates or self.templates), len(classes), self.clip.context_length
         return torch.zeros(shape, dtype=torch.long, device=DEVICE)
 
-    def embed_classes(self, classes, templates=common.PROMPTS):
-        return torch.rand(len(templates), len(classes), self.width, device=DEVICE)
+    def embed_classes(self, classes, templates=None):
+        P = len(templates or self.templates)
+        return torch.rand(P, len(classes), self.width, device=DEVICE)
 
     monkeypatch.setattr(common.ActionCLIP, "prompts", prompts)
     monkeypatch.setattr(common.ActionCLIP, "embed_classes", embed_classes)
@@ -122,6 +123,15 @@ def test_tinyclip_swap(on_gpu, build, clips, tmp_path):
     text, ring = torch.rand(16, 6, small.width, device=DEVICE), collections.deque(maxlen=4)
     check(on_gpu(tinyclip_swap, [], tinyclip_swap.stream_step, small, ring, tests[0].video[0][0],
                  text), 2)
+
+
+@pytest.mark.parametrize(("arm", "layers"), [("vifi-clip", 0), ("text4vis", 6)])
+def test_tinyclip_swap_compare(on_gpu, build, clips, tmp_path, arm, layers):
+    data, _, (batches, _, _) = clips
+    model = build(common.build_action_clip, "toy-small:random", layers)
+    model.templates = tinyclip_swap.ARMS[arm].templates
+    check(on_gpu(tinyclip_swap, batches, tinyclip_swap.train, arm, model, None, data,
+                 tinyclip_swap.parse(SMALL), tmp_path, []))
 
 
 @pytest.mark.parametrize("arm", ["spatial", "adversarial"])

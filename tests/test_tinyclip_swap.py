@@ -8,10 +8,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import common
 import tinyclip_swap
-from tinyclip_swap import affinity_loss, class_scores, main
+from tinyclip_swap import affinity_loss, class_cross_entropy, class_scores, main
 
 SMALL = ("--large", "toy-large:random", "--small", "toy-small:random", "--epochs", 2, "--workers",
          0, "--batch-size", 16, "--frames", 4)
@@ -55,7 +56,7 @@ def test_the_plain_command_learns_and_ends_in_a_result(plain):
     assert float(result[1]) == pytest.approx(record["results"]["large"]["top1"])
     assert {"flags", "machine", "versions", "seconds"} <= record.keys()
     assert len(rows(checkpoint.parent)) == 8
-    assert checkpoint.with_name("run.png").stat().st_size > 10_000
+    assert checkpoint.with_name("accuracy.png").stat().st_size > 10_000
 
 
 def test_order_is_what_the_model_has_learned(plain, moving):
@@ -137,6 +138,7 @@ def test_two_processes_follow_the_loss_curve_of_one(toy, whole, tmp_path, run_sc
     for one, two in zip(rows(whole[0]), rows(tmp_path), strict=True):
         assert one["kl_pair"] == pytest.approx(two["kl_pair"], rel=2e-3)
         assert one["affinity"] == pytest.approx(two["affinity"], rel=2e-3)
+    assert next(tmp_path.rglob("affinity.png")).stat().st_size > 1000
 
 
 @pytest.mark.parametrize("what", ["flags", "data"])
@@ -153,6 +155,100 @@ def test_other_flags_or_clips_have_a_folder_of_their_own(toy, whole, tmp_path, c
     after = {path: path.read_bytes() for path in whole[0].rglob("*") if path.is_file()}
     assert before.items() < after.items()
     shutil.rmtree({path.parent for path in after.keys() - before.keys()}.pop())  # others look there
+
+
+# ---- --compare
+
+
+def test_class_cross_entropy_is_that_of_vifi_clip_and_text4vis():
+    """Their code, and the gradient in closed form."""
+    torch.manual_seed(0)
+    v, t = torch.randn(5, 7).double(), torch.randn(3, 7).double()
+    labels, found = torch.tensor([0, 2, 1, 2, 2]), []
+    for ours in (False, True):
+        leaves = [x.clone().requires_grad_() for x in (v, t, torch.tensor(2.).double())]
+        video, text, logit_scale = leaves
+        if ours:
+            loss = class_cross_entropy(video, text, labels, logit_scale.exp())
+        else:
+            video = video / video.norm(dim=-1, keepdim=True)
+            text = text / text.norm(dim=-1, keepdim=True)
+            z = logit_scale.exp() * video @ text.t()
+            loss = F.cross_entropy(z, labels)
+        found.append([loss, *torch.autograd.grad(loss, leaves)])
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+    dz = (z.softmax(1) - F.one_hot(labels)) / len(v)
+    assert torch.allclose(found[1][3], (dz * z).sum(), rtol=1e-12)
+
+
+def test_heads_are_those_of_vifi_clip_and_text4vis():
+    f, head = torch.randn(2, 4, 64), common.FusionHead(64, 4, position_std=.5)
+    x = f + head.frame_position_embeddings(torch.arange(4))
+    for block in head.transformer.resblocks:
+        n = block.ln_1(x)
+        x = x + block.attn(n, n, n, need_weights=False)[0]
+        x = x + block.mlp(block.ln_2(x))
+    assert len(head.transformer.resblocks) == 6
+    assert torch.allclose(head(f), (x + f).mean(1), atol=1e-5)
+    assert torch.equal(common.MeanHead()(f), f.mean(1))
+
+
+@pytest.fixture(scope="module")
+def compared(toy, tmp_path_factory):
+    """The folder of a run of four models, and its numbers."""
+    out = tmp_path_factory.mktemp("compared")
+    return out, go("--data", toy, *SMALL, "--compare", "--out", out)
+
+
+def test_compare_trains_what_it_says(toy, whole, compared):
+    out, found = compared
+    assert list(found) == ["actionclip", "vifi-clip", "text4vis", "zero-shot"]
+    assert found["vifi-clip"]["GMAC"] == found["zero-shot"]["GMAC"] < found["text4vis"]["GMAC"]
+    assert all(map(torch.equal, weights(out, "actionclip"), weights(whole[0], "large")))
+    args = tinyclip_swap.parse([*map(str, SMALL), "--data", str(toy), "--compare"])
+    for arm, moves in (("vifi-clip", True), ("text4vis", False)):
+        first = tinyclip_swap.build_arm(arm, args).clip.state_dict()
+        saved = torch.load(next(out.rglob(f"{arm}-last.pt")), weights_only=True)
+        moved = {name for name, x in saved["model_state_dict"].items()
+                 if not torch.equal(x, first[name])}
+        assert {"visual.proj", "logit_scale"} <= moved
+        assert any(not name.startswith(("visual.", "logit_scale")) for name in moved) == moves
+    untrained = tinyclip_swap.build_arm("zero-shot", args)
+    alone = tinyclip_swap.evaluate(untrained, common.read_data(str(toy)), args)
+    assert alone == [found["zero-shot"]["top1"], found["zero-shot"]["top5"]]
+    assert not list(out.rglob("zero-shot-last.pt"))
+
+
+@pytest.mark.parametrize("arm", ["vifi-clip", "text4vis"])
+def test_its_checkpoints_know_head_and_sentence(toy, compared, tmp_path, monkeypatch, arm):
+    """And a run that has finished is resumed to the same numbers."""
+    asked, prompts = [], common.ActionCLIP.prompts
+
+    def spied(model, classes, templates=None):
+        asked.append(len(templates or model.templates))
+        return prompts(model, classes, templates)
+
+    monkeypatch.setattr(common.ActionCLIP, "prompts", spied)
+    out, found = compared
+    alone = go("--data", toy, "--workers", 0, "--out", tmp_path, "--eval-only",
+               next(out.rglob(f"{arm}-last.pt")))["checkpoint"]
+    assert set(asked) == {1}
+    for key in ("top1", "top5", "GMAC", "M"):
+        assert alone[key] == found[arm][key]
+    again = go("--data", toy, *SMALL, "--compare", "--out", out, "--resume")
+    assert again[arm]["top1"] == alone["top1"]
+
+
+def test_two_processes_compare_as_one(toy, compared, tmp_path, run_script):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    done = run_script("tinyclip_swap.py", "--data", toy, *SMALL, "--compare", "--out", tmp_path,
+                      OMP_NUM_THREADS="1", python=torchrun)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"actionclip=\S+ vifi-clip=\S+ text4vis=\S+ zero-shot=\S+ s", done.stdout)
+    for one, two in zip(rows(compared[0]), rows(tmp_path), strict=True):
+        loss = list(one)[2]
+        assert one[loss] == pytest.approx(two[loss], rel=2e-3), one["arm"]
 
 
 # ---- checkpoints
