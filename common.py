@@ -1214,6 +1214,8 @@ def read_weights(path):
             raise TypeError("not all tensors")
         if type(more.get("quick_gelu", False)) is not bool:
             raise TypeError("quick_gelu is no bool")
+        if not all("{}" in template for template in more.get("templates", ())):
+            raise TypeError("templates are no sentences with {}")
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except Exception as error:

@@ -538,10 +538,10 @@ def draw_affinity(models, data, args, path):
     clips, tiles = clips[::math.ceil(len(clips) / 32)], []
     for name, model in models.items():
         read = common.Clips(clips, args.frames, model.side, args.sampling)
-        videos = [read[0, i].video.to(DEVICE) for i in range(len(clips))]
+        videos = [read[0, i].video for i in range(len(clips))]
         texts = model.prompts(data.classes)[0, [label for _, label in clips]]
         with autocast():
-            v, t, _ = model.eval()(common.centre_crop(videos, model.size), texts)
+            v, t, _ = model.eval()(common.centre_crop(videos, model.size, DEVICE), texts)
         A = similarity(v.float(), t.float(), SCALE_T).softmax(1).cpu()          # (B, B)
         tile = F.pad((A / A.max()).kron(torch.ones(8, 8)), (2, 2, 14, 2), value=1)
         title, corner = f"{name}: clips x texts", torch.tensor([[0, 0, 1, 1]])
