@@ -77,6 +77,35 @@ def run(main):
     sys.exit(code)
 
 
+def which_split(text):
+    """The type of --split: 1, 2, 3 or `all`"""
+    return text if text == "all" else int(text)
+
+
+def several(main, argv, split, seeds):
+    """A script's main() once for each split, `all`: the three official ones, and each seed: prints
+    mean and standard deviation of every top-1. -> {name: [top-1, ...]}"""
+    found = {}
+    for part, seed in itertools.product((1, 2, 3) if split == "all" else (split,), seeds):
+        more = ["--split", str(part), "--seed", str(seed), "--seeds"]  # of --seeds, none
+        for name, x in top1(main([*(sys.argv[1:] if argv is None else argv), *more])):
+            found.setdefault(name, []).append(x)
+    for name, x in found.items() if os.environ.get("RANK", "0") == "0" else ():
+        each, sd = " ".join(map("{:.4f}".format, x)), np.std(x, ddof=min(1, len(x) - 1))
+        print(f"{name}: mean {np.mean(x):.4f} sd {sd:.4f} of {each}")
+    return found
+
+
+def top1(results, before=""):
+    """Yields (name, x) of each top-1 in a script's results, nested dicts"""
+    for key, x in results.items():
+        name = f"{before} {key}".replace("top1", "").strip() or "top1"
+        if isinstance(x, dict):
+            yield from top1(x, f"{before} {key}")
+        elif isinstance(x, float) and "top1" in f"{before} {key}":
+            yield name, x
+
+
 @functools.cache
 def say_once(text):
     print(text, file=sys.stderr)

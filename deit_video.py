@@ -433,7 +433,7 @@ def parse(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data", default="toy", help="toy, or a folder; the README lists the formats")
-    add("--split", type=int, default=1, choices=(1, 2, 3), help="of the data set's lists")
+    add("--split", type=common.which_split, default=1, choices=(1, 2, 3, "all"), help="of lists")
     add("--allow-missing", action="store_true", help="go on without missing clips")
     add("--unseen", type=int, default=0, help="classes held out of training, and tested, too")
     add("--shots", type=int, default=0, help="training clips of each class; 0: all")
@@ -454,6 +454,7 @@ def parse(argv=None):
     add("--lr", type=float, default=5e-6, help="of CLIP's towers, as ActionCLIP; 4e-4 for toys")
     add("--compile", action="store_true", help="torch.compile the image towers")
     add("--seed", type=int, default=0, help="of initial weights, order and augmentation")
+    add("--seeds", type=int, nargs="*", default=[], help="one run each, and mean, as --split all")
     add("--out", default="runs", help="folder for runs and the cache")
     add("--resume", action="store_true", help="go on with a run that was killed")
     add("--workers", type=int, default=max(1, min(16, os.cpu_count() - 1)), help="that decode")
@@ -506,6 +507,8 @@ def read_targets(data, args):
 def main(argv=None):
     """Train a teacher and its students, test and measure them. -> {arm: numbers}"""
     args, began = parse(argv), time.time()
+    if args.split == "all" or args.seeds:
+        return common.several(main, argv, args.split, args.seeds or [args.seed])
     if args.student.startswith("toy-"):
         torch.set_num_threads(1)  # small networks run faster on one thread
     if WORLD > 1:

@@ -489,7 +489,7 @@ def parse(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data", default="toy", help="toy, or a folder; the README lists the formats")
-    add("--split", type=int, default=1, choices=(1, 2, 3), help="of the data set's lists")
+    add("--split", type=common.which_split, default=1, choices=(1, 2, 3, "all"), help="of lists")
     add("--allow-missing", action="store_true", help="go on without missing clips")
     add("--shots", type=int, default=0, help="training clips of each class; 0: all")
     add("--label-noise", type=float, default=0., help="share of training labels made wrong")
@@ -516,6 +516,7 @@ def parse(argv=None):
     add("--exit-lr", type=float, default=1e-3, help="3e-3 for toy networks")
     add("--compile", action="store_true", help="torch.compile the three networks")
     add("--seed", type=int, default=0, help="of initial weights, order and augmentation")
+    add("--seeds", type=int, nargs="*", default=[], help="one run each, and mean, as --split all")
     add("--out", default="runs", help="folder for runs and the cache")
     add("--resume", action="store_true", help="go on with a run that was killed")
     add("--workers", type=int, default=max(1, min(16, os.cpu_count() - 1)), help="that decode")
@@ -560,6 +561,8 @@ def refuse_unfit(data):
 def main(argv=None):
     """Train three networks and their exits, test and measure them. -> numbers"""
     args, began, log = parse(argv), time.time(), []
+    if args.split == "all" or args.seeds:
+        return common.several(main, argv, args.split, args.seeds or [args.seed])
     if "toy" in args.networks:
         torch.set_num_threads(1)  # small networks run faster on one thread
     if WORLD > 1:

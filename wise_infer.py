@@ -365,8 +365,10 @@ def parse(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data", default="toy", help="the newest run of pkd_compressed.py on it is read, ...")
-    add("--split", type=int, default=1, choices=(1, 2, 3), help="... with this split")
+    add("--split", type=common.which_split, default=1, choices=(1, 2, 3, "all"),
+        help="... with this split; all: with each, and mean")
     add("--seed", type=int, default=0, help="... and this seed")
+    add("--seeds", type=int, nargs="*", default=[], help="... with each of these, and mean")
     add("--checkpoint", metavar="FILE", help="that last.pt instead")
     add("--order", help="of its exits; progressive, or the first there is")
     add("--exit-order", nargs=3, default=list(STREAMS), help="of streams; the code's is r mv i")
@@ -429,6 +431,8 @@ def read_clips(saved, path, args):
 def main(argv=None):
     """Fit WISE on held-out clips, choose theta there, test. -> numbers"""
     args, began = parse(argv), time.time()
+    if args.split == "all" or args.seeds:
+        return common.several(main, argv, args.split, args.seeds or [args.seed])
     saved, path, order = load(args)
     if "toy" in saved["flags"]["networks"]:
         torch.set_num_threads(1)
@@ -471,8 +475,9 @@ def main(argv=None):
               "paper": last["paper"], "wise": last["WISE"], "wise_gmac": last["GMAC"],
               "equal": equal["top1"], "equal_gmac": equal["GMAC"], "early": early["top1"],
               "early_fusion": points["fusion"]["top1"], "early_gmac": early["GMAC"]}
-    results = {**scores, "exits": rows, "points": points, "weights": W.tolist(), "prior": prior,
-               "theta": theta, "ms": ms, "seen": held is data.train,
+    top1 = {name: x for name, x in scores.items() if not name.endswith("gmac")}
+    results = {**scores, "top1": top1, "exits": rows, "points": points, "weights": W.tolist(),
+               "prior": prior, "theta": theta, "ms": ms, "seen": held is data.train,
                "same": (real == said)[y_test >= 0].double().mean().item(),
                "sweep": sweep(cascade, counts, parts, labels, tests, y_test, args)}
     report(scores, results, curves, data, args, began)

@@ -172,3 +172,20 @@ def test_few_steps_an_epoch_are_told_once(toy, capsys):
         common.ClipLoader(clips, batch)
     assert capsys.readouterr().err.count("48 training clips in batches of 32: an epoch has only 1 "
                                          "step") == 1
+
+
+def test_several_splits_and_seeds(toy, tmp_path, capsys):
+    """Each run is that of the command with its own --split and --seed."""
+    for name, (part, split) in {"train1": ("train", 1), "test1": ("test", 1), "train2":
+                                ("test", 1), "test2": ("train", 1), "train3": ("train", 1),
+                                "test3": ("test", 2)}.items():
+        rows = (toy / f"{part}{split}.csv").read_text()
+        (tmp_path / f"{name}.csv").write_text(re.sub(r"^(?=\w+/)", f"{toy}/", rows, flags=re.M))
+    flags = ["--data", str(tmp_path), *SMALL[:-6], "--epochs", "1", "--batch-size", "12",
+             "--workers", "0", "--out", str(tmp_path / "runs"), "--frames", "2"]
+    found = tinyclip_swap.main([*flags, "--split", "all", "--seed", "3"])
+    assert capsys.readouterr().out.count("RESULT") == 3
+    alone = [tinyclip_swap.main([*flags, "--split", split, "--seed", "3"])["small"]["top1"]
+             for split in "123"]
+    assert found["small"] == alone
+    assert len(list(tmp_path.glob("runs/tinyclip_swap/*"))) == 3
