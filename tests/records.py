@@ -13,6 +13,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import common
+
 HERE = Path(__file__).parent
 
 
@@ -36,9 +39,10 @@ def read(folder=HERE / "records"):
         for block in path.read_text().split("$ ")[1:]:
             command, *lines = block.splitlines()
             seed = re.search(r" --seed (\d+)", command)
+            command = re.sub(r" --seed \d+", "", re.sub(r"-seed\d+-", "-seed0-", command))
             numbers = re.findall(r"(\S+)=(-?[\d.]+)(?=\s|$)", " ".join(lines))
             numbers = {name: float(x) for name, x in numbers if name not in ("split", "seed")}
-            own = runs.setdefault(command.replace(seed[0], ""), {})
+            own = runs.setdefault(command, {})
             if int(seed[1]) in own:
                 raise ValueError(f"{path}: {command} stands there twice")
             own[int(seed[1])] = numbers
@@ -94,30 +98,61 @@ def compare(folder):
     """Runs of a script -> a table: the flags in which they differ, and every top-1"""
     records = {path.parent.name: json.loads(path.read_text())
                for path in sorted(Path(folder).glob("*/run.json"))}
-    flags = [record["flags"] for record in records.values()]
-    if not flags:
+    if not records:
         sys.exit(f"{folder} holds no */run.json")
-    rows = []
+    rows, kinds = [], {}
+    for record in records.values():
+        for key, x in record["flags"].items():
+            if key not in ("out", "resume", "targets", "workers"):
+                kinds.setdefault(key, set()).add(json.dumps(x))
+    differ = [key for key in kinds if len(kinds[key]) > 1]
     for name, record in records.items():
-        differ = [key for key in record["flags"]
-                  if len({json.dumps(own.get(key)) for own in flags}) > 1]
-        said = " ".join([f"--{key.replace('_', '-')} {record['flags'][key]}" for key in differ])
-        rows.append(f"{name}  {said}  {' '.join(top1(record['results']))}")
+        said = [f"--{key.replace('_', '-')} {record['flags'].get(key)}" for key in differ]
+        found = [f"{key}={x:.4f}" for key, x in common.top1(record["results"])]
+        rows.append("  ".join([name, *said, *found]))
     return "\n".join(rows)
 
 
-def top1(results, name=""):
-    """Every accuracy in a record -> words"""
-    found = []
-    for key, x in results.items() if isinstance(results, dict) else ():
-        if isinstance(x, dict):
-            found += top1(x, f"{name}{key} ".replace("top1 ", ""))
-        elif isinstance(x, float) and (key.startswith("top1") or name.startswith("top1")):
-            found.append(f"{name}{key.replace('top1', '')}={x:.4f}")
-    return found
+SPATIAL = "python spatial_kd.py --arms alone spatial shuffled oracle adversarial"
+DEIT = "python deit_video.py --arms one-head gt soft two-frame-heads teacher-on-frame"
+FIVE = ("python deit_video.py --shots 5 --epochs 300 --arms one-head gt soft teacher-on-frame "
+        "teacher-on-linear --teacher-checkpoint runs/deit_video/toy-s1-seed0-*/teacher-last.pt")
+PKD = "python pkd_compressed.py"
+FEW = f"{PKD} --shots 8 --epochs 100 --exit-epochs 132"
+WISE = "python wise_infer.py"
 
-
-CLAIMS = []
+CLAIMS = [
+    Claim("A TinyCLIP backbone is smaller, and costs accuracy (thesis 1)",
+          "python tinyclip_swap.py --recover affinity", "small", "large", "small+affinity",
+          ("small", "large", "and affinity loss"), ""),
+    Claim("Spatial objectives help (thesis 2)", SPATIAL, "spatial", "alone", "shuffled",
+          ("spatial", "alone", "targets of other clips"), ""),
+    Claim("the same, large student", "python spatial_kd.py --student toy-large", "spatial",
+          "alone", "shuffled", ("spatial", "alone", "targets of other clips"), ""),
+    Claim("Two heads help without a teacher (thesis 3)", DEIT, "gt", "one-head",
+          "two-frame-heads", ("gt", "one head", "linear layer for the token"), ""),
+    Claim("A teacher helps (DeiT)", DEIT, "soft", "one-head", "gt",
+          ("soft", "one head", "two heads, no teacher"), ""),
+    Claim("the same, 5 labels a class", FIVE, "soft", "one-head", "gt",
+          ("soft", "one head", "two heads, no teacher"), ""),
+    Claim("All three together (thesis)", "python deit_video.py --grid", "all-three", "+swap",
+          "+swap+two-heads", ("all three", "swap alone", "swap and two heads"), ""),
+    Claim("PKD beats labels (paper), clean labels", f"{PKD} --order all", "progressive-*", "ce-*",
+          "self-*", ("progressive", "labels", "own network as teacher all along"), ""),
+    Claim("the same, 40 % of the labels wrong", f"{PKD} --label-noise .4 --order all",
+          "progressive-*", "ce-*", "self-*",
+          ("progressive", "labels", "own network as teacher all along"), ""),
+    Claim("the same, 8 clips a class", f"{FEW} --order all", "progressive-*", "ce-*", "self-*",
+          ("progressive", "labels", "own network as teacher all along"), ""),
+    Claim("WISE beats late fusion (paper), 180 clips held out", f"{PKD} && {WISE}", "wise",
+          "fusion", "paper", ("WISE", "late fusion", "the paper's prior"), ""),
+    Claim("the same, 12 clips held out", f"{PKD} --holdout .0134 && {WISE}", "wise", "fusion",
+          "paper", ("WISE", "late fusion", "the paper's prior"), ""),
+    Claim("the same, network of I-frames stopped early", f"{PKD} --degrade i && {WISE}", "wise",
+          "fusion", "uniform", ("WISE", "late fusion", "plain mean"), ""),
+    Claim("the same, leaving early at equal cost", f"{PKD} && {WISE}", "early", "early_fusion",
+          "last", ("WISE", "late fusion", "I-frames alone"), ""),
+]
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
