@@ -1109,24 +1109,28 @@ def compressed_view(clips, size, rngs=None, mirror=None, scales=(1, .875, .75)):
     return {"mv": mv / 40, "r": r / 255, "i": i / 255} if pictures else {"mv": mv / 40}
 
 
-def contact_sheet(clips, lines, frames, path):
-    """Write a picture of eight clips [(path, label)], those of `lines`, {index: (words, good)}: a
-    row each, framed green where good, else red."""
-    rows, known = [], sorted(lines)
-    for i in known[::max(1, len(known) // 8)][:8]:
-        video = centre_crop([Clips(clips, frames, 128)[0, i].video], 128)[0]
-        row = F.pad(torchvision.utils.make_grid(video, frames).mul(255).byte(), (2, 2, 14, 2))
-        box, (words, good) = torch.tensor([[1, 1, row.shape[2] - 2, row.shape[1] - 2]]), lines[i]
-        colour = "lime" if good else "red"
-        rows.append(torchvision.utils.draw_bounding_boxes(row, box, [words], colour))
-    if rows:
-        with renamed(path) as part:
-            part.write_bytes(bytes(torchvision.io.encode_png(torch.cat(rows, 1)).numpy()))
+def contact_sheet(clips, texts, frames, path):
+    """Write a picture of the clips [(path, label)] that have texts, {index: [(x, line, word,
+    colour), ...]}: frames below their texts. x counts characters; a frame is ten of them wide."""
+    ends = [x + len(word) for x, _, word, _ in itertools.chain(*texts.values())]
+    rows, width = [], 12 * max(10 * frames, *ends)
+    for i, text in texts.items():
+        x, y, words, colours = zip(*text, strict=True)
+        places = np.array([x, y, x, y]).T * [6, 12, 6, 12] - [0, 12 * min(y)] * 2
+        page = torch.full((3, places.max(0)[1] + 18, width // 2), 255, dtype=torch.uint8)
+        page = torchvision.utils.draw_bounding_boxes(
+            page, torch.from_numpy(places), words, "white", label_colors=list(colours))
+        video = centre_crop([Clips(clips, frames, 118)[0, i].video], 118)[0]
+        row = torchvision.utils.make_grid(video, frames, pad_value=1).mul(255).byte()
+        rows.append(page.repeat_interleave(2, 1).repeat_interleave(2, 2))
+        rows.append(F.pad(row, (0, width - row.shape[2]), value=255))
+    with renamed(path) as part:
+        part.write_bytes(bytes(torchvision.io.encode_png(torch.cat(rows, 1)).numpy()))
 
 
-def plot(panels, x_label, y_label, path):
+def plot(panels, x_label, y_label, path, names=()):
     """Write a picture of curves. panels: {title: {name: [(x, y), ...]}}, one below the other, all
-    on the same axes; a point alone is a dot."""
+    on the same axes; a point alone is a dot. names: of x = 0, 1, ..., in place of numbers."""
     curves = itertools.chain(*[panel.values() for panel in panels.values()])
     points = np.array(list(itertools.chain(*curves)), float)                    # (n, 2)
     low, high = points.min(0), points.max(0)
@@ -1136,23 +1140,23 @@ def plot(panels, x_label, y_label, path):
     for title, panel in panels.items():
         tile = torch.full((3, 300, 480), 255, dtype=torch.uint8)
         texts = [(40, 10, title, "black"), (40, 280, x_label, "black"), (2, 0, y_label, "black")]
-        for share in (0, .25, .5, .75, 1):
+        for n, share in enumerate(np.linspace(0, 1, len(names) or 5)):
             x, y = low + share * (high - low)
-            texts.append((40 + 290 * share, 265, f"{x:.3g}", "black"))
+            texts.append((40 + 290 * share, 265, names[n] if names else f"{x:.3g}", "black"))
             texts.append((2, 255 - 225 * share, f"{y:.3g}", "black"))
         for n, (name, curve) in enumerate(panel.items()):
-            at = (np.array(curve, float) - low) / (high - low)                  # (n, 2), 0..1
-            at = np.array([40, 262]) + at * np.array([290, -225])               # in pixels
+            at = (np.array(curve, float) - low) / (high - low) * [290, -225] + [40, 262]  # (n, 2)
             steps = np.linspace(0, len(at) - 1, 999)
             line = np.stack([np.interp(steps, range(len(at)), side) for side in at.T], 1)
             for dots, radius in ((line, 1), (at, 3 if len(at) < 20 else 1)):
                 dots, colour = torch.from_numpy(dots)[None], colours[n % len(colours)]
                 tile = torchvision.utils.draw_keypoints(tile, dots, colors=colour, radius=radius)
             texts.append((345, 30 + 14 * n, name, colour))
-        boxes = [[40, 35, 332, 264]] + [[x, y, x + 1, y + 1] for x, y, _, _ in texts]
+        boxes = [[40, 35, 332, 264]] + [[x, y, x, y] for x, y, _, _ in texts]
         _, _, words, colour = zip(*texts, strict=True)
         tiles.append(torchvision.utils.draw_bounding_boxes(
-            tile, torch.tensor(boxes), ["", *words], ["black", *colour]))
+            tile, torch.tensor(boxes), ["", *words], ["black"] + len(words) * ["white"],
+            label_colors=["black", *colour]))
     picture = torch.cat(tiles, 1).repeat_interleave(2, 1).repeat_interleave(2, 2)
     with renamed(path) as part:
         part.write_bytes(bytes(torchvision.io.encode_png(picture).numpy()))

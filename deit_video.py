@@ -29,7 +29,6 @@ Schedule: AdamW, lr 5e-6 (toys 4e-4), 10 lr for what is new, weight decay .2; li
 first tenth of the steps, cosine to 0; 50 epochs (toys 6), batch 32. The trained teacher is frozen.
 
   python deit_video.py                        toy clips, teacher and three arms, 2 minutes on 2 CPUs
-  python deit_video.py --arms one-head gt hard soft two-frame-heads teacher-on-frame
   python deit_video.py --grid                 base, +swap, +swap+spatial, +swap+two-heads, all three
                                               (after: python spatial_kd.py --label-only)
   python deit_video.py --data HMDB51 --teacher ViT-B-32:vit-b-32-8f.pt --student \\
@@ -42,9 +41,8 @@ RESULT deit_video data=toy split=1 seed=0 teacher=0.9767 one-head=0.9300 gt=0.85
 Differs from the thesis, of which the abstract was at hand: eqs. (3), (6)-(8) are our reading, with
 the residual mean_i f_i, without which the token starts far from the texts. From DeiT: alpha .5 and
 tau 1 are its code's (its paper's soft variant: weight .1, tau 3); its code divides the soft loss by
-B K; hard is an in-batch loss, not cross entropy over K; no linear classifiers; (8) is, up to its
-length, the mean of both heads' logits. soft_loss takes texts under one template a step. Spatial
-heads read (8). Eq. (1) is trained as in tinyclip_swap.py, with the same differences.
+B K; hard is an in-batch loss, not cross entropy over K; no linear classifiers. soft_loss takes one
+template a step. Spatial heads read (8). Eq. (1) has the differences named in tinyclip_swap.py.
 """
 import argparse
 import collections
@@ -264,8 +262,7 @@ def class_logits(teacher, video, text):
 
 
 def token_texts(loss, z_t, prompts, draws, rng):
-    """Token ids of the texts that L_token needs beside t(y): none; of the teacher's classes; of all
-    classes under one template, which rng draws"""
+    """Token ids of L_token's other texts: the teacher's classes, or all under a random template"""
     if loss == "hard":
         return prompts[draws, z_t.argmax(1)]                                    # (B/W, L)
     return prompts[rng.integers(16)] if loss == "soft" else None                # (K, L)
@@ -553,10 +550,12 @@ def main(argv=None):
 
 
 def report(students, results, answers, tests, args, log, run, began):
-    """Measure, with nothing else running; write record and picture; print the table and RESULT."""
-    data, scores = tests[""], []
+    """Measure, with nothing else running; write record and pictures; print the table and RESULT."""
+    data, scores, dots, heads = tests[""], [], {}, ("frame", "token", "mean")
     for name, student in students.items():
         results[name] |= cost(student.eval().model, args.frames)
+        if student.arm.second != "frame":
+            dots[name] = list(enumerate(map(results[name].get, heads)))
         scores += [f"{name}{group}={results[name]['top1' + group]:.4f}" for group in tests]
     chances = [f"top1{group} {1 / len(part.classes):.3f}" for group, part in tests.items()]
     print(f"{table(list(results.values()))}\nframe, token, mean: top-1 of each read-out; cosine: "
@@ -570,13 +569,21 @@ def report(students, results, answers, tests, args, log, run, began):
         print(f"NOTE {note}")
     write_record(run / "run.json", args, data, results, log, began)
     shown = [name for name, student in students.items() if student.arm.second == "token"]
-    if shown:
-        lines, said = {}, answers[shown[-1]]
+    for arm in shown[-1:]:
+        said, texts, T = answers[arm], {}, args.frames
         for i in sorted(said)[::max(1, len(said) // 8)][:8]:
-            looks = attention(students[shown[-1]].model, data.test, args.frames, i)
-            cells = [f"attention {p:.2f}" + 33 * " " for p in looks]  # 130 pixels
-            lines[i] = "".join(cells), said[i] == data.test[i][1]
-        common.contact_sheet(data.test, lines, args.frames, run / "run.png")
+            truth, top = data.classes[data.test[i][1]], data.classes[said[i]]
+            texts[i] = [(0, 0, f"truth: {truth}", "black"),
+                        (40, 0, f"{arm} says {top}", "green" if top == truth else "red")]
+            for t, share in enumerate(attention(students[arm].model, data.test, T, i)):
+                texts[i].append((10 * t, 1, f"{share:.3f}", "black"))
+        texts[min(texts)] += [
+            (0, -3, f"{data.name}, arm {arm}. Green: right, red: wrong. Numbers: token's", "black"),
+            (0, -2, f"attention to a frame, mean over layers, heads; uniform {1 / T:.3f}", "black")]
+        common.contact_sheet(data.test, texts, T, run / "run.png")
+    if dots:
+        title = f"{data.name}, {len(data.test)} test clips: arms with two heads"
+        common.plot({title: dots}, "read-out", "top-1", run / "readouts.png", heads)
     print(f"record, checkpoints, picture: {run}\nRESULT deit_video data={data.name} "
           f"split={args.split} seed={args.seed} {' '.join(scores)} "
           f"seconds={time.time() - began:.0f}")

@@ -198,7 +198,7 @@ def test_every_arm_runs_and_is_read_out_three_ways(every, toy):
     found, out = every
     assert list(found) == ["teacher", *ARMS]
     for name, r in found.items():
-        two = name in ("gt", "hard", "soft", "two-frame-heads")
+        two = name not in ("teacher", "one-head", "teacher-on-frame")
         assert all((r[key] == r[key]) == two for key in ("token", "mean", "cosine"))  # else nan
         assert r["top1"] == (r["mean"] if two else r["frame"])
         assert r["backbone"] == "toy-small"
@@ -214,6 +214,7 @@ def test_every_arm_runs_and_is_read_out_three_ways(every, toy):
         assert (row["cosine"] > 1 - 1e-4) == (row["arm"] in (
             "teacher", "one-head", "teacher-on-frame"))
     assert next(out.rglob("run.png")).stat().st_size > 10_000
+    assert next(out.rglob("readouts.png")).stat().st_size > 2_000
 
 
 @torch.no_grad()

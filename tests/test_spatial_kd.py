@@ -41,7 +41,8 @@ def rows(folder):
 
 
 def targets(folder):
-    saved = torch.load(next(folder.rglob("*-targets.pt")), weights_only=True)
+    path, = [path for path in folder.rglob("*-targets.pt") if path.name[:6] != "shown-"]
+    saved = torch.load(path, weights_only=True)
     return [Task(**task) for task in saved["tasks"]]
 
 
@@ -292,6 +293,30 @@ def test_arms_differ_in_their_weights_and_not_in_their_networks(five):
         shared = zip(weights(out, arm), weights(out, other), strict=False)
         assert not all(torch.equal(a, b) for a, b in shared)
     assert next(out.rglob("run.png")).stat().st_size > 10_000
+
+
+def test_the_picture_colours_words_by_truth(toy, tmp_path, monkeypatch):
+    """Green: as drawn, red: not, gray: not known; black: names and the truth itself."""
+    data, drawn = read_data(str(toy)), []
+    monkeypatch.setattr(common, "contact_sheet", lambda *given: drawn.append(given))
+    args = spatial_kd.parse(list(map(str, [*FAST, "--out", tmp_path])))
+    tasks = [toy_vocabulary()[0], Task("people", ["nobody", "one person"])]
+    said = {i: (i % 2, [["red"], ["nobody"]]) for i in range(24)}
+    spatial_kd.draw_words("spatial", tasks, said, data, args, tmp_path / "run.png")
+    (clips, texts, frames, _), = drawn
+    assert (clips, frames, list(texts)) == (data.test, 4, list(range(0, 24, 3)))
+    for i, text in texts.items():
+        path, k = data.test[i]
+        colour, rows = read_truth(path)["colour"], [[], [], [], []]
+        for x, y, word, paint in sorted(text):
+            if y >= 0 and x:
+                rows[y].append((word, paint))
+        assert rows[0] == [(name, "black") for name in ("colour", "people", "action")]
+        assert rows[1] == [(word, "black") for word in (colour, "-", data.classes[k])]
+        right = [{True: "green", False: "red"}[good] for good in (colour == "red", k == i % 2)]
+        assert rows[3] == [("red", right[0]), ("nobody", "gray"), (data.classes[i % 2], right[1])]
+        for (word, paint), truth in zip(rows[2][::2], (colour, data.classes[k]), strict=True):
+            assert paint == ("green" if word == truth else "red")
 
 
 def test_heads_do_not_change_what_is_said_of_the_action(plain, moves):
