@@ -41,8 +41,9 @@ RESULT deit_video data=toy split=1 seed=0 teacher=0.9767 one-head=0.9300 gt=0.85
 Differs from the thesis, of which the abstract was at hand: eqs. (3), (6)-(8) are our reading, with
 the residual mean_i f_i, without which the token starts far from the texts. From DeiT: alpha .5 and
 tau 1 are its code's (its paper's soft variant: weight .1, tau 3); its code divides the soft loss by
-B K; hard is an in-batch loss, not cross entropy over K; no linear classifiers. soft_loss takes one
-template a step. Spatial heads read (8). Eq. (1) has the differences named in tinyclip_swap.py.
+B K; hard is an in-batch loss, not cross entropy over K; no linear classifiers; (8) is, up to its
+length, the mean of both heads' logits. soft_loss takes texts under one template a step. Spatial
+heads read (8). Eq. (1) is trained as in tinyclip_swap.py, with the same differences.
 """
 import argparse
 import collections
