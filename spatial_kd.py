@@ -32,8 +32,8 @@ is regularisation); oracle, ground truth as targets; adversarial, reversed gradi
   python spatial_kd.py --data HMDB51 --student ViT-B-32:openai --labeller ViT-L-14:openai
 
 The plain command printed (2 cores of an x86_64 CPU, torch 2.15.0; _swapped: scenes re-paired):
-RESULT spatial_kd data=toy split=1 seed=0 alone=0.8733 alone_swapped=0.8433 spatial=0.9833
-  spatial_swapped=0.9533 shuffled=0.9367 shuffled_swapped=0.8900 seconds=102
+RESULT spatial_kd data=toy split=1 seed=0 alone=0.8000 alone_swapped=0.7467 spatial=0.9200
+  spatial_swapped=0.8667 shuffled=0.8033 shuffled_swapped=0.7500 seconds=94
 
 Differs from the thesis, of which the abstract was at hand: vocabularies, eqs. (3)-(5), lambda .5
 and the constants are our reading. Label texts go through the model's own text tower as it trains,
