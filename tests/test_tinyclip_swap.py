@@ -236,8 +236,9 @@ def test_its_checkpoints_know_head_and_sentence(toy, compared, tmp_path, monkeyp
     assert set(asked) == {1}
     for key in ("top1", "top5", "GMAC", "M"):
         assert alone[key] == found[arm][key]
-    again = go("--data", toy, *SMALL, "--compare", "--out", out, "--resume")
-    assert again[arm]["top1"] == alone["top1"]
+    if arm == "text4vis":
+        again = go("--data", toy, *SMALL, "--compare", "--out", out, "--resume")
+        assert again[arm]["top1"] == alone["top1"]
 
 
 def test_two_processes_compare_as_one(toy, compared, tmp_path, run_script):

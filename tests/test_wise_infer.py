@@ -400,7 +400,7 @@ def test_everything_is_chosen_on_clips_that_nothing_was_trained_or_is_tested_on(
     assert torch.equal(base.asked["choose_theta"][0][0], u)
     assert base.results["theta"] == choose_theta(u, labels, costs, .5)
     sums = [weighted_logits(z, w) for w in baselines(EXITS).values()]
-    sums.append(cross_fit(z, labels, torch.zeros_like(W), 1e-3, 0)[1])
+    sums += [cross_fit(z, labels, torch.zeros_like(W), 1e-3, 0)[1], u]  # u: `equal`
     for (own, _), wanted in zip(base.asked["theta_of_cost"], sums, strict=True):
         assert torch.equal(own, wanted)
     gmac = operate(u, labels, base.results["theta"], costs)[0]["GMAC"]
@@ -486,8 +486,8 @@ def test_record_and_result_agree_and_theta_2_goes_to_the_end(trained, base, tmp_
     exits = itertools.product(CODES, (1, 2, 3, 4))
     assert [row["exit"] for row in r["exits"]] == [f"{stream}{k}" for stream, k in exits]
     assert r["points"]["WISE"]["leave"] == [0.] * 11 + [1.]
-    names = [f"{key}{cost}" for key in ("last", "fusion", "wise", "early")
-             for cost in ("", "_gmac")]
+    names = ("last", "last_gmac", "uniform", "fusion", "fusion_gmac", "paper", "wise", "wise_gmac",
+             "equal", "equal_gmac", "early", "early_fusion", "early_gmac")
     scores = " ".join(f"{key}={r[key]:.4f}" for key in names)
     printed = capsys.readouterr().out
     assert re.fullmatch(rf"RESULT wise_infer data={trained.folder.name} split=1 seed=0 {scores} "
