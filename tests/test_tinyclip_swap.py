@@ -241,17 +241,6 @@ def test_its_checkpoints_know_head_and_sentence(toy, compared, tmp_path, monkeyp
         assert again[arm]["top1"] == alone["top1"]
 
 
-def test_two_processes_compare_as_one(toy, compared, tmp_path, run_script):
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
-    done = run_script("tinyclip_swap.py", "--data", toy, *SMALL, "--compare", "--out", tmp_path,
-                      OMP_NUM_THREADS="1", python=torchrun)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"actionclip=\S+ vifi-clip=\S+ text4vis=\S+ zero-shot=\S+ s", done.stdout)
-    for one, two in zip(rows(compared[0]), rows(tmp_path), strict=True):
-        loss = list(one)[2]
-        assert one[loss] == pytest.approx(two[loss], rel=2e-3), one["arm"]
-
-
 # ---- checkpoints
 
 
