@@ -26,11 +26,12 @@ READS = {"item": lambda x: 1., "__bool__": lambda x: False, "__index__": lambda 
 
 
 class Counter(TorchDispatchMode):
-    """flops: of PRODUCTS per dtype; waits: copies between devices that block, values read"""
+    """flops: of PRODUCTS per dtype; reads: of values; waits: these, and copies between devices that
+    block"""
 
     def __init__(self):
         super().__init__()
-        self.flops, self.waits = collections.Counter(), []
+        self.flops, self.waits, self.reads = collections.Counter(), [], []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -59,7 +60,8 @@ def on_gpu(monkeypatch, toy):
             for name, value in READS.items():
                 def read(tensor, name=name, value=value):
                     if tensor.device.type == "cuda":
-                        counter.waits.append(f"{name} {tuple(tensor.shape)}")
+                        counter.reads.append(f"{name} {tuple(tensor.shape)}")
+                        counter.waits.append(counter.reads[-1])
                     return value(tensor)
                 patch.setattr(FakeTensor, name, read, raising=False)
             function(*given)
@@ -87,9 +89,11 @@ def on_gpu(monkeypatch, toy):
         yield run
 
 
-def check(counter, most=STEPS):
-    """No step waits, and only losses are computed in fp32."""
-    assert len(counter.waits) < most, counter.waits
+def check(counter, most=None):
+    """No training step waits or reads a value, other calls wait less often than `most`; only losses
+    are computed in fp32."""
+    assert most or not counter.reads, counter.reads
+    assert len(counter.waits) < (most or STEPS), counter.waits
     assert counter.flops[torch.bfloat16] > 20 * counter.flops[torch.float32]
 
 
@@ -186,6 +190,7 @@ def test_pkd_compressed(on_gpu, build, clips, tmp_path):
 
 @pytest.mark.parametrize(("what", "found"), [
     ("left on the CPU", "device"), ("waits for a value", "aten.nonzero"),
+    ("reads a value", r"item \(\)"),
     ("waits for a copy", r"_to_copy \(8,\)"), ("fp32", "> .20 [*]")])
 def test_planted_mistakes_are_found(on_gpu, build, clips, tmp_path, monkeypatch, what, found):
     data, _, (batches, _, _) = clips
@@ -202,6 +207,8 @@ def test_planted_mistakes_are_found(on_gpu, build, clips, tmp_path, monkeypatch,
 
     monkeypatch.setattr(tinyclip_swap, "kl_pair", broken)
     model, args = build(common.build_action_clip, "toy-small:random"), tinyclip_swap.parse(SMALL)
+    if what == "reads a value":
+        monkeypatch.setattr(tinyclip_swap, "gather", lambda x: x * x.sum().item())
     if what == "fp32":
         model.encode_frames = torch.autocast("cuda", enabled=False)(model.encode_frames)
     with pytest.raises((RuntimeError, AssertionError), match=found):

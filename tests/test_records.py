@@ -52,6 +52,20 @@ def test_docstrings_and_readme_say_what_the_plain_command_printed(runs, script):
     assert set(re.findall(r"(?<=\s)\.\d{3}\b", row)) <= known
 
 
+def test_the_readme_says_what_weizmann_gave(runs):
+    folds = {"pkd_compressed": {}, "wise_infer": {}}
+    for command, own in runs.items():
+        if "--data weizmann" in command:
+            folds[command.split()[1].removesuffix(".py")][command] = own[0]
+    said = re.search(r"^- Weizmann.*$", (ROOT / "README.md").read_text(), re.M)[0]
+    for script, pattern in (("wise_infer", "wise"), ("wise_infer", "fusion"),
+                            ("wise_infer", "paper"), ("pkd_compressed", "progressive-*"),
+                            ("pkd_compressed", "ce-*")):
+        each = records.values(folds[script], pattern)
+        assert len(each) == 3
+        assert f"{sum(each) / 300 + 1e-9:.3f}"[1:] in said
+
+
 def test_runs_of_a_folder_are_compared(tmp_path):
     for tau, x in ((1., .5), (2., .75)):
         (tmp_path / f"run{tau:g}").mkdir()

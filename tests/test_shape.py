@@ -104,6 +104,15 @@ def test_every_command_in_the_texts_parses(parse, flags):
     parse([flag.rstrip(",") for flag in flags])
 
 
+def test_the_readme_quotes_the_docstrings():
+    readme = (ROOT / "README.md").read_text()
+    for module in MODULES:
+        result = re.search(r"^RESULT .*?seconds=", module.__doc__, re.M | re.S)[0]
+        for value in re.findall(r"(?:large|small|alone|spatial|teacher|i4|wise)=(0\.\d+)", result):
+            rounded = f"{float(value) + 1e-9:.3f}".lstrip("0")
+            assert rounded in readme, f"{module.__name__}: {value}"
+
+
 def test_ci_runs_the_readme_test_command():
     lines = (ROOT / "README.md").read_text().splitlines()
     ends = [line.split()[-1] for line in lines if line.startswith("python3 -m venv")]
