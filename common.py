@@ -1514,7 +1514,7 @@ class SpatialHeads(nn.Module):
 
 
 def _toy_resnet():
-    """ResNet with a block a stage and an eighth of ResNet-18's width."""
+    """ResNet with a block a stage and a quarter of ResNet-18's width."""
     net = models.ResNet(BasicBlock, [1, 1, 1, 1])
     net.conv1, net.bn1 = nn.Conv2d(3, 16, 7, 2, 3, bias=False), nn.BatchNorm2d(16)
     net.inplanes = 16
@@ -1527,24 +1527,52 @@ def _toy_resnet():
     return net
 
 
+@torch.enable_grad()
+def _train_toy_resnet(path, steps=300, batch=128):
+    """In place of a download: train a toy ResNet to tell colour and shape of toy stills."""
+    stills, captions = _toy_stills(steps, batch)
+    kinds = [tuple(caption.split()[1:3]) for caption in captions]
+    names = sorted(set(kinds))
+    labels = torch.tensor([names.index(kind) for kind in kinds])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = _toy_resnet()
+        net.fc = nn.Linear(128, len(names))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    for start in range(0, steps * batch, batch):
+        pixels = TF.normalize(stills[start:start + batch] / 255, IMAGENET_MEAN, IMAGENET_STD)
+        F.cross_entropy(net(pixels), labels[start:start + batch]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    state = {key: x for key, x in net.state_dict().items() if not key.startswith("fc.")}
+    save({"net": state}, path)
+
+
 class ExitNet(nn.Module):
     """The network of one modality, with exits behind layer1, 2 and 3 of a ResNet; exit 4 is its own
     classifier. mv and r start with a BatchNorm, i with ImageNet's mean and std. name: `toy` or any
-    ResNet of torchvision; imagenet: torchvision's weights, but for the classifier and mv's first
-    layer. Raises BadInput."""
+    ResNet of torchvision; imagenet: torchvision's weights, or of toy those of toy stills, but for
+    the classifier and mv's first layer. Raises BadInput."""
 
-    def __init__(self, modality, name, classes, imagenet=False):
+    def __init__(self, modality, name, classes, imagenet=False, cache="runs/cache"):
         super().__init__()
         known = [n for n in models.list_models(models) if re.match(r"(wide_)?resne(t|xt)\d", n)]
-        if name not in known and (imagenet or name != "toy"):
-            raise BadInput(f"network {name}: there are {', '.join(known)} and, without ImageNet's "
-                           f"weights, toy")
-        weights = models.get_model_weights(name).DEFAULT if imagenet else None
+        if name not in (*known, "toy"):
+            raise BadInput(f"network {name}: there are {', '.join(known)} and toy")
+        weights = None
+        if imagenet and name != "toy":
+            weights = models.get_model_weights(name).DEFAULT
         try:
             net = _toy_resnet() if name == "toy" else models.get_model(name, weights=weights)
         except OSError as error:
             raise BadInput(f"{name}: no download ({error}); put {weights.url} into "
                            f"{torch.hub.get_dir()}/checkpoints") from error
+        if imagenet and name == "toy":
+            path = cached(cache, "toy-stills", _train_toy_resnet, _train_toy_resnet, _toy_resnet,
+                          _toy_stills.__wrapped__, draw_toy, toy_truth)
+            net.load_state_dict(read_saved(path, "net")["net"], strict=False)  # without fc
         self.modality, self.name = modality, name
         for key, value in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
             self.register_buffer(key, torch.tensor(value).view(3, 1, 1), persistent=False)

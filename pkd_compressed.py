@@ -17,7 +17,7 @@ networks (exit 4); each the mean over a clip's S segments (the consensus).
                           sum over K, mean over B, no tau^2 and no labels; tau 1
   (3) teacher_at          t over the steps of a run:  progressive  mv 1/6, r 1/6, third 4/6
   third: self or i        anti  third 4/6, r 1/6, mv 1/6;  iframe  i;  self  the exits' own network
-Schedule: AdamW, lr 1e-3 (toys 3e-3; with --imagenet as in CoViAR's code eps 1e-3, mv .01, r .005,
+Schedule: AdamW, lr 1e-3 (toys 3e-3; else with --imagenet, as CoViAR, eps 1e-3, mv .01, r .005,
 i .0003, at the input of mv and r .1 of it, on other pretrained layers .01), weight decay .01;
 linear warm-up in the first tenth of the steps, cosine to 0; networks 120 epochs (toys 14), then
 exits 60 (toys 18), lr 1e-3 (toys 3e-3); batch 32.
@@ -115,11 +115,11 @@ def exits_loss(z, labels, z_t, tau):
 class Streams(nn.Module):
     """The three networks. {stream: x (B, S, C, H, W)} -> {stream: (maps of exits 1-3, z (B, K))}"""
 
-    def __init__(self, names, classes, imagenet):
+    def __init__(self, names, classes, imagenet, cache):
         super().__init__()
         self.nets = nn.ModuleDict()
         for stream, name in zip(STREAMS, names, strict=True):
-            self.nets[stream] = common.ExitNet(stream, name, classes, imagenet)
+            self.nets[stream] = common.ExitNet(stream, name, classes, imagenet, cache)
 
     def forward(self, x):
         return {stream: net(x[stream]) for stream, net in self.nets.items()}
@@ -168,12 +168,13 @@ autocast = functools.partial(torch.autocast, DEVICE.type, torch.bfloat16, enable
 
 
 def learning_rate(name, args):
-    """Of a parameter of Streams or Exits; ImageNet's weights learn slowly, as in CoViAR's code."""
+    """Of a parameter of Streams or Exits; ImageNet's weights learn slowly, as in CoViAR's code, but
+    not those of toys."""
     kind, stream, layer, *_ = name.split(".")
     if kind == "heads":
         return args.exit_lr
     lr = args.lr[STREAMS.index(stream)]
-    if layer == "fc" or not args.imagenet:
+    if layer == "fc" or not args.imagenet or "toy" in args.networks:
         return lr
     return lr * (.1 if layer in ("input", "stem") and stream != "i" else args.backbone_factor)
 
@@ -241,7 +242,8 @@ def train_streams(streams, data, mirror, args, flags, run, log):
     clips = common.Clips(data.train, args.segments, None, "coded", train=True, seed=args.seed,
                          copies=args.copies)
     loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
-    optimizer, schedule = adamw(streams, args, args.epochs * len(loader), args.imagenet)
+    coviar = args.imagenet and "toy" not in args.networks
+    optimizer, schedule = adamw(streams, args, args.epochs * len(loader), coviar)
     parts = {"streams": streams, "optimizer": optimizer, "schedule": schedule}
     path = run / "streams-last.pt"
     rows = resume(path, parts) if args.resume and path.exists() else []
@@ -499,7 +501,8 @@ def parse(argv=None):
     add("--holdout", type=float, default=.2, help="share of training clips kept for wise_infer.py")
     add("--networks", nargs=3, metavar=("MV", "R", "I"), default=["resnet18", "resnet18",
         "resnet50"], help="ResNets of torchvision (the paper's) or toy; toy for toy clips")
-    add("--imagenet", action="store_true", help="start from torchvision's ImageNet weights")
+    add("--imagenet", action="store_true", help="start from ImageNet's weights, toys from drawn "
+        "stills'")
     add("--order", nargs="+", choices=[*ORDERS, "all"], default=["ce", "progressive"], help="eq. 3")
     add("--third-teacher", choices=("self", "i"), default="self", help="of eq. (3)")
     add("--tau", type=float, default=1., help="temperature of eq. (2)")
@@ -511,7 +514,7 @@ def parse(argv=None):
     add("--cache-gb", type=float, default=16., help="limit of the feature cache; HMDB51 takes 72")
     add("--batch-size", type=int, default=32, help="of all processes together")
     add("--lr", type=float, nargs="+", default=[1e-3], help="of mv, r, i, or one for all; 3e-3 for "
-        "toy networks, .01 .005 .0003 with --imagenet")
+        "toys, else .01 .005 .0003 with --imagenet")
     add("--backbone-factor", type=float, default=.01, help="on --lr for ImageNet's weights")
     add("--exit-lr", type=float, default=1e-3, help="3e-3 for toy networks")
     add("--compile", action="store_true", help="torch.compile the three networks")
@@ -523,10 +526,10 @@ def parse(argv=None):
     args, _ = parser.parse_known_args(argv)
     if args.data == "toy":
         parser.set_defaults(size=32, epochs=14, exit_epochs=18, networks=["toy"] * 3)
-    if "toy" in parser.parse_known_args(argv)[0].networks:
-        parser.set_defaults(lr=[3e-3], exit_lr=3e-3)
     if args.imagenet:
         parser.set_defaults(lr=[.01, .005, .0003])
+    if "toy" in parser.parse_known_args(argv)[0].networks:
+        parser.set_defaults(lr=[3e-3], exit_lr=3e-3)
     args = parser.parse_args(argv)
     args.lr = args.lr * 3 if len(args.lr) == 1 else args.lr
     args.order = list(ORDERS) if "all" in args.order else list(dict.fromkeys(args.order))
@@ -578,7 +581,7 @@ def main(argv=None):
     data = common.few_shot(data, args.shots, args.seed)
     data = common.noisy_labels(data, args.label_noise, args.seed)
     torch.manual_seed(args.seed)
-    streams = Streams(args.networks, len(data.classes), args.imagenet).to(DEVICE)
+    streams = Streams(args.networks, len(data.classes), args.imagenet, cache).to(DEVICE)
     exits = Exits(streams, args.order, len(data.classes), args.seed).to(DEVICE)
     if args.compile:
         torch.compiler.config.recompile_limit = 64  # networks x batch sizes x training, testing

@@ -599,7 +599,7 @@ def test_imagenet_weights(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    for name in ("toy", "resnet19", "mobilenet_v2"):
+    for name in ("resnet19", "mobilenet_v2"):
         with pytest.raises(BadInput, match=f"{name}.*resnet18"):
             common.ExitNet("r", name, 5, imagenet=True)
     url = torchvision.models.ResNet18_Weights.DEFAULT.url
@@ -615,3 +615,13 @@ def test_imagenet_weights(tmp_path, monkeypatch):
         assert channels == 2 or torch.equal(net.stem[0].weight, state["conv1.weight"])
         for key, value in net.layers[1].state_dict().items():
             assert torch.equal(value, state[f"layer2.{key}"])
+
+
+def test_toy_networks_start_from_stills(tmp_path, monkeypatch):
+    monkeypatch.setattr(common._train_toy_resnet, "__defaults__", (60, 64))  # steps, batch
+    nets = {m: common.ExitNet(m, "toy", 5, True, tmp_path) for m in ("mv", "r", "i")}
+    shown = {m: dict(net.named_parameters()) for m, net in nets.items()}
+    for name, w in shown["i"].items():
+        for modality in "mv", "r":
+            new = name.startswith("fc.") or (modality == "mv" and name == "stem.0.weight")
+            assert torch.equal(shown[modality][name], w) != new, (modality, name)

@@ -170,7 +170,7 @@ def test_pkd_compressed(on_gpu, build, clips, tmp_path):
     _, data, (_, _, batches) = clips
     args = pkd_compressed.parse(["--segments", "2", "--batch-size", str(B), "--workers", "0",
                                  "--epochs", "1", "--exit-epochs", "1", "--cache-gb", "0"])
-    streams = build(pkd_compressed.Streams, ["toy"] * 3, 12, False)
+    streams = build(pkd_compressed.Streams, ["toy"] * 3, 12, False, None)
     exits = build(pkd_compressed.Exits, streams, args.order, 12, 0)
     check(on_gpu(pkd_compressed, batches, pkd_compressed.train_streams, streams, data, [True] * 12,
                  args, {}, tmp_path, []))

@@ -62,7 +62,7 @@ def same(a, b):
 def networks(streams=None, exits=None, orders=ORDERS):
     """Networks and exits with these weights, or as they start"""
     torch.manual_seed(0)
-    nets = Streams(["toy"] * 3, 12, False)
+    nets = Streams(["toy"] * 3, 12, False, None)
     heads = Exits(nets, orders, 12, 0)
     if streams:
         nets.load_state_dict(streams)
@@ -245,12 +245,14 @@ def test_exits_learn_from_a_teacher_alone(trained, coded, tmp_path):
 
 
 def test_learning_rates_of_streams_and_of_imagenet_weights():
-    """The factors of CoViAR's code; without --imagenet a stream has one rate, toys 3e-3."""
+    """The factors of CoViAR's code; without --imagenet a stream has one rate, toys always 3e-3."""
     nets, exits = networks()
+    real = "--networks", "resnet18", "resnet18", "resnet50", "--imagenet"
     for flags, own, rates in (
             ((), (.003, .003, .003), (1, 1, 1)), (("--lr", .1, .2, .4), (.1, .2, .4), (1, 1, 1)),
-            (("--imagenet",), (.01, .005, .0003), (.1, .01, 1)),
-            (("--imagenet", "--lr", 1, "--backbone-factor", .5), (1, 1, 1), (.1, .5, 1))):
+            (("--imagenet",), (.003, .003, .003), (1, 1, 1)),
+            (real, (.01, .005, .0003), (.1, .01, 1)),
+            ((*real, "--lr", 1, "--backbone-factor", .5), (1, 1, 1), (.1, .5, 1))):
         args = parse([str(flag) for flag in (*FAST, *flags)])
         optimizer, _ = adamw(nets, args, 1)  # the first step of warm-up is the whole rate
         found = {w: g for g in optimizer.param_groups for w in g["params"]}
@@ -262,7 +264,8 @@ def test_learning_rates_of_streams_and_of_imagenet_weights():
             assert found[w]["lr"] == pytest.approx(own[STREAMS.index(stream)] * factor), name
             assert found[w]["weight_decay"] == (.01 if w.ndim > 1 else 0), name
         optimizer, _ = adamw(exits, args, 1)
-        assert {group["lr"] for group in optimizer.param_groups} == {3e-3}
+        own_lr = 1e-3 if "resnet50" in flags else 3e-3
+        assert {group["lr"] for group in optimizer.param_groups} == {own_lr}
 
 
 # ---- testing
@@ -473,7 +476,6 @@ def test_reencoding_works_on_copies_and_so_does_inference(odd, tmp_path, monkeyp
 
 def test_mistakes_say_what_would_be_right(coded, tmp_path):
     for flags, message in ((("--networks", "toy", "toy", "resnet19"), "network resnet19: there"),
-                           (("--imagenet",), "network toy: there"),
                            (("--data", "gone"), "no such folder")):
         with pytest.raises(common.BadInput, match=message):
             go("--data", coded, *FAST, "--out", tmp_path, *flags)
