@@ -618,7 +618,8 @@ def test_imagenet_weights(tmp_path, monkeypatch):
 
 
 def test_toy_networks_start_from_stills(tmp_path, monkeypatch):
-    monkeypatch.setattr(common._train_toy_resnet, "__defaults__", (9, 16))  # steps, batch
+    few = common._train_toy_resnet.__wrapped__
+    monkeypatch.setattr(few, "__defaults__", (9, 16))  # steps, batch
     nets = {m: common.ExitNet(m, "toy", 5, True, tmp_path) for m in ("mv", "r", "i")}
     shown = {m: dict(net.named_parameters()) for m, net in nets.items()}
     for name, w in shown["i"].items():
