@@ -78,6 +78,8 @@ if GPU:
     torch.cuda.set_device(DEVICE)
 MACHINE = torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU"
 STREAMS, ORDERS = ("mv", "r", "i"), ("ce", "progressive", "anti", "iframe", "self")
+CROPS = 2  # fixed crops of each clip that the exits see
+CACHE_GB = 16  # limit of the cache of their feature maps; HMDB51 would take 72
 
 # ---- the method: eqs. (1)-(3) --------------------------------------------------------------------
 
@@ -146,11 +148,10 @@ class Exits(nn.Module):
 
 
 class FixedCrops(common.Clips):
-    """Epoch e sees view e % crops of each clip, none of those that the networks learned from."""
-    crops = 1
+    """Epoch e sees view e % CROPS of each clip, none of those that the networks learned from."""
 
     def __getitem__(self, key):
-        return super().__getitem__((10 ** 6 + key[0] % self.crops, key[1]))
+        return super().__getitem__((10 ** 6 + key[0] % CROPS, key[1]))
 
 
 def see(batch, args, mirror=None):
@@ -171,11 +172,11 @@ def learning_rate(name, args):
     """Of a parameter of Streams or Exits; ImageNet's weights learn slowly, as in CoViAR's code."""
     kind, stream, layer, *_ = name.split(".")
     if kind == "heads":
-        return args.exit_lr
+        return 3e-3 if "toy" in args.networks else 1e-3
     lr = args.lr[STREAMS.index(stream)]
     if layer == "fc" or not args.imagenet:
         return lr
-    return lr * (.1 if layer in ("input", "stem") and stream != "i" else args.backbone_factor)
+    return lr * (.1 if layer in ("input", "stem") and stream != "i" else .01)
 
 
 def adamw(module, args, steps, coviar=False):
@@ -281,27 +282,27 @@ def run_frozen(streams, batch, mirror, args):
 
 def feature_cache(streams, clips, mirror, args, data):
     """run_frozen for every clip and crop, in memory: labels, outputs of mv, r, i, maps in fp16; row
-    crop * N + clip. None where that takes more than --cache-gb."""
+    crop * N + clip. None where that takes more than CACHE_GB."""
     loader = common.ClipLoader(clips, args.batch_size, args.workers, 0, 1, data.bad)
     loader.order.train = False  # every clip once, in the order of the list
     found = []
-    for crop, batches in loader.epochs(0, args.crops):
+    for crop, batches in loader.epochs(0, CROPS):
         for batch in tqdm(batches, f"crop {crop + 1}", len(loader), False, disable=None):
             labels, outputs = run_frozen(streams, batch, mirror, args)
             columns = [labels, *itertools.chain(*outputs.values())]
-            room = 2e-9 * args.crops * len(clips) / len(labels) * sum(f.numel() for f in columns)
-            if room > args.cache_gb:
-                print(f"{room:.0f} GB are more than --cache-gb: every epoch decodes anew")
+            room = 2e-9 * CROPS * len(clips) / len(labels) * sum(f.numel() for f in columns)
+            if room > CACHE_GB:
+                print(f"feature maps would take {room:.0f} GB: every epoch decodes anew")
                 return None
             columns = [f.half() if f.ndim == 4 else f for f in columns]
             found.append([f.unflatten(0, (len(labels), -1)).cpu() for f in columns])
     return [torch.cat(column) for column in zip(*found, strict=True)]
 
 
-def cached_batches(cache, loader, epoch, crops):
+def cached_batches(cache, loader, epoch):
     """What run_frozen says of the batches of an epoch, from the cache"""
     for keys in loader.order.batches(epoch):
-        at = torch.tensor([epoch % crops * len(loader.dataset) + i for _, i in keys])
+        at = torch.tensor([epoch % CROPS * len(loader.dataset) + i for _, i in keys])
         labels, *parts = [column[at].flatten(0, 1).to(DEVICE) for column in cache]
         parts = [f.float() for f in parts]
         yield labels, dict(zip(STREAMS, (parts[:4], parts[4:8], parts[8:]), strict=True))
@@ -312,7 +313,6 @@ def train_exits(streams, exits, data, held, mirror, args, flags, about, run, log
     streams.eval().requires_grad_(False)  # frozen, BatchNorm too
     clips = FixedCrops(data.train, args.segments, None, "coded", train=True, seed=args.seed,
                        copies=args.copies)
-    clips.crops = args.crops
     loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
     steps = args.exit_epochs * len(loader)
     optimizer, schedule = adamw(exits, args, steps)
@@ -325,7 +325,7 @@ def train_exits(streams, exits, data, held, mirror, args, flags, about, run, log
     for epoch, batches in loader.epochs(len(rows), args.exit_epochs):
         began, terms = time.time(), []
         exits.train()
-        seen = cached_batches(cache, loader, epoch, args.crops) if cache else \
+        seen = cached_batches(cache, loader, epoch) if cache else \
             (run_frozen(streams, batch, mirror, args) for batch in batches)
         bar = tqdm(seen, f"exits {epoch + 1}", len(loader), False, disable=None)
         for step, (labels, outputs) in enumerate(bar, epoch * len(loader)):
@@ -507,13 +507,9 @@ def parse(argv=None):
     add("--flatness", action="store_true", help="measure how flat the minima are")
     add("--epochs", type=int, default=120, help="of the networks; 14 for toy clips")
     add("--exit-epochs", type=int, default=60, help="of the exits; 18 for toy clips")
-    add("--crops", type=int, default=2, help="fixed crops per clip for the exits")
-    add("--cache-gb", type=float, default=16., help="limit of the feature cache; HMDB51 takes 72")
     add("--batch-size", type=int, default=32, help="of all processes together")
     add("--lr", type=float, nargs="+", default=[1e-3], help="of mv, r, i, or one for all; 3e-3 for "
         "toy networks, .01 .005 .0003 with --imagenet")
-    add("--backbone-factor", type=float, default=.01, help="on --lr for ImageNet's weights")
-    add("--exit-lr", type=float, default=1e-3, help="3e-3 for toy networks")
     add("--compile", action="store_true", help="torch.compile the three networks")
     add("--seed", type=int, default=0, help="of initial weights, order and augmentation")
     add("--seeds", type=int, nargs="*", default=[], help="one run each, and mean, as --split all")
@@ -524,7 +520,7 @@ def parse(argv=None):
     if args.data == "toy":
         parser.set_defaults(size=32, epochs=14, exit_epochs=18, networks=["toy"] * 3)
     if "toy" in parser.parse_known_args(argv)[0].networks:
-        parser.set_defaults(lr=[3e-3], exit_lr=3e-3)
+        parser.set_defaults(lr=[3e-3])
     if args.imagenet:
         parser.set_defaults(lr=[.01, .005, .0003])
     args = parser.parse_args(argv)
@@ -532,17 +528,14 @@ def parse(argv=None):
     args.order = list(ORDERS) if "all" in args.order else list(dict.fromkeys(args.order))
     copies = f"{args.out}/cache/{Path(args.data).resolve().name}-mpeg4"
     args.copies = copies if args.reencode else None
-    if min(args.segments, args.epochs, args.exit_epochs, args.crops, args.batch_size) < 1:
-        parser.error("--segments, --epochs, --exit-epochs, --crops, --batch-size take 1 or more")
-    if args.workers < 0 or args.size < 32 or not 0 <= args.holdout < 1 or not args.cache_gb >= 0:
-        parser.error("--workers, --cache-gb take 0 or more, --size 32 or more, --holdout 0 to 1")
-    if not (0 <= args.seed < 2 ** 63 and args.shots >= 0 and 0 <= args.label_noise <= 1):
-        parser.error("--seed, --shots take 0 or more, --label-noise 0 to 1")
-    above = *args.lr, args.exit_lr, args.backbone_factor, args.tau
-    if len(args.lr) != 3 or not all(0 < x < math.inf for x in above):
-        parser.error("--lr: one or three; --lr, --exit-lr, --backbone-factor, --tau: more than 0")
-    if args.batch_size * args.segments < 2:
-        parser.error("BatchNorm needs two frames: --batch-size or --segments 2 or more")
+    if min(args.segments, args.epochs, args.exit_epochs, args.batch_size) < 1:
+        parser.error("--segments, --epochs, --exit-epochs, --batch-size take 1 or more")
+    if args.size < 32 or not (0 <= args.holdout < 1 and 0 <= args.label_noise <= 1):
+        parser.error("--size takes 32 or more, --holdout and --label-noise 0 to 1")
+    if not 0 <= args.seed < 2 ** 63 or min(args.shots, args.workers) < 0:
+        parser.error("--seed, --shots, --workers take 0 or more")
+    if len(args.lr) != 3 or not all(0 < x < math.inf for x in (*args.lr, args.tau)):
+        parser.error("--lr takes one number or three; --lr, --tau: more than 0")
     return args
 
 

@@ -166,10 +166,11 @@ def test_deit_video(on_gpu, build, clips, tmp_path, name):
     on_gpu(deit_video, [], deit_video.attention, model, data.test, 4, 0)
 
 
-def test_pkd_compressed(on_gpu, build, clips, tmp_path):
+def test_pkd_compressed(on_gpu, build, clips, tmp_path, monkeypatch):
     _, data, (_, _, batches) = clips
+    monkeypatch.setattr(pkd_compressed, "CACHE_GB", 0)
     args = pkd_compressed.parse(["--segments", "2", "--batch-size", str(B), "--workers", "0",
-                                 "--epochs", "1", "--exit-epochs", "1", "--cache-gb", "0"])
+                                 "--epochs", "1", "--exit-epochs", "1"])
     streams = build(pkd_compressed.Streams, ["toy"] * 3, 12, False)
     exits = build(pkd_compressed.Exits, streams, args.order, 12, 0)
     check(on_gpu(pkd_compressed, batches, pkd_compressed.train_streams, streams, data, [True] * 12,

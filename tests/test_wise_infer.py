@@ -276,7 +276,7 @@ def trained(coded, tmp_path_factory):
         patch.setattr(pkd_compressed, "evaluate", tests)
         pkd_compressed.main([
             "--data", str(coded), "--out", str(out), "--networks", "toy", "toy", "toy", "--size",
-            "32", "--segments", "2", "--epochs", "3", "--exit-epochs", "3", "--crops", "1",
+            "32", "--segments", "2", "--epochs", "3", "--exit-epochs", "3",
             "--holdout", "0.5", "--workers", "0"])
     file, data = next(out.rglob("last.pt")), common.read_data(coded)
     saved = torch.load(file, weights_only=True)
