@@ -237,14 +237,14 @@ def average(terms, module):
     return list(terms)
 
 
-def train_streams(streams, data, mirror, args, flags, run, log):
-    """The three networks, each by the cross entropy of its consensus, on the same batches."""
+def train_streams(streams, data, args, run):
+    """The networks, each by the cross entropy of its consensus, on the same batches. -> rows"""
     clips = common.Clips(data.train, args.segments, None, "coded", train=True, seed=args.seed,
                          copies=args.copies)
     loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
     optimizer, schedule = adamw(streams, args, args.epochs * len(loader), args.imagenet)
     parts = {"streams": streams, "optimizer": optimizer, "schedule": schedule}
-    path = run / "streams-last.pt"
+    path, mirror = run / "streams-last.pt", common.mirrors(data.classes)
     rows = resume(path, parts) if args.resume and path.exists() else []
     wrapped = nn.parallel.DistributedDataParallel(streams) if WORLD > 1 else streams
     for epoch, batches in loader.epochs(len(rows), args.epochs):
@@ -267,8 +267,8 @@ def train_streams(streams, data, mirror, args, flags, run, log):
         row = {"stage": "streams", "epoch": epoch + 1}
         row.update(zip(STREAMS, loader.mean(average(terms, streams), epoch), strict=True))
         row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
-        keep(row, rows, args.epochs, path, flags, {}, parts)
-    log += rows
+        keep(row, rows, args.epochs, path, vars(args), {}, parts)
+    return rows
 
 
 def run_frozen(streams, batch, mirror, args):
@@ -308,8 +308,9 @@ def cached_batches(cache, loader, epoch):
         yield labels, dict(zip(STREAMS, (parts[:4], parts[4:8], parts[8:]), strict=True))
 
 
-def train_exits(streams, exits, data, held, mirror, args, flags, about, run, log):
-    """All exits by eqs. (1)-(3), on the same batches; tested on held-out clips as teachers go."""
+def train_exits(streams, exits, data, held, args, run):
+    """All exits by eqs. (1)-(3), on the same batches; tested on the clips `held` out as teachers
+    change. -> rows"""
     streams.eval().requires_grad_(False)  # frozen, BatchNorm too
     clips = FixedCrops(data.train, args.segments, None, "coded", train=True, seed=args.seed,
                        copies=args.copies)
@@ -317,7 +318,7 @@ def train_exits(streams, exits, data, held, mirror, args, flags, about, run, log
     steps = args.exit_epochs * len(loader)
     optimizer, schedule = adamw(exits, args, steps)
     parts = {"streams": streams, "exits": exits, "optimizer": optimizer, "schedule": schedule}
-    path = run / "last.pt"
+    path, mirror = run / "last.pt", common.mirrors(data.classes)
     rows = resume(path, parts) if args.resume and path.exists() else []
     cache = len(rows) < args.exit_epochs and feature_cache(streams, clips, mirror, args, data)
     wrapped = nn.parallel.DistributedDataParallel(exits) if WORLD > 1 else exits
@@ -348,8 +349,8 @@ def train_exits(streams, exits, data, held, mirror, args, flags, about, run, log
         if held and epoch + 1 in ends:
             found = evaluate(streams, exits, held, data.bad, args)
             row.update({f"held-out {name}": x for name, x in found.items()})
-        keep(row, rows, args.exit_epochs, path, flags, about, parts)
-    log += rows
+        keep(row, rows, args.exit_epochs, path, vars(args), {"classes": data.classes}, parts)
+    return rows
 
 
 # ---- testing and measuring -----------------------------------------------------------------------
@@ -378,16 +379,18 @@ def evaluate(streams, exits, clips, bad, args):
 
 
 def phases(log, args, path):
-    """Draw top-1 of the exits on held-out clips where teachers change, mean of exits 1-3 -> rows"""
-    tested, rows = [row for row in log if "held-out mv4" in row], []
-    curves = {stream: {order: [] for order in args.order} for stream in STREAMS}
+    """Draw top-1 of held-out clips where teachers change, mean of exits 1-3 -> rows"""
+    rows, panels = [], {stream: {} for stream in STREAMS}
     for stream, order in itertools.product(STREAMS, args.order):
-        rows.append({"exits of": stream, "order": order})
-        for row in tested:
-            top1 = sum(row[f"held-out {order}-{stream}{k}"] for k in (1, 2, 3)) / 3
-            rows[-1][f"epoch {row['epoch']}"] = top1
-            curves[stream][order].append((row["epoch"], top1))
-    common.plot(curves, "epoch", "top-1 of held-out clips, mean of exits 1-3", path)
+        curve = []
+        for row in log:
+            top1 = [row.get(f"held-out {order}-{stream}{k}") for k in (1, 2, 3)]
+            if None not in top1:
+                curve.append((row["epoch"], sum(top1) / 3))
+        panels[stream][order] = curve
+        columns = {f"epoch {epoch}": top1 for epoch, top1 in curve}
+        rows.append({"exits of": stream, "order": order, **columns})
+    common.plot(panels, "epoch", "top-1 of held-out clips, mean of exits 1-3", path)
     return rows
 
 
@@ -532,20 +535,16 @@ def parse(argv=None):
 
 
 def refuse_unfit(data):
-    """Raises BadInput where clips' vectors cannot be followed."""
-    unfit, clips = [], data.train + data.test
-    for path, _ in clips:
+    """Raises BadInput where a clip's vectors cannot be followed."""
+    for path, _ in data.train + data.test:
         with contextlib.suppress(common.BadVideo):
             if reason := common.video_index(path).unfit:
-                unfit.append(f"{path}: {reason}")
-    if unfit:
-        raise common.BadInput(f"{len(unfit)} of {len(clips)} clips cannot serve as they are, first "
-                              f"{unfit[0]}; add --reencode, which works on copies")
+                raise common.BadInput(f"{path}: {reason}; add --reencode, which works on copies")
 
 
 def main(argv=None):
     """Train three networks and their exits, test and measure them. -> numbers"""
-    args, began, log = parse(argv), time.time(), []
+    args, began = parse(argv), time.time()
     if args.split == "all" or args.seeds:
         return common.several(main, argv, args.split, args.seeds or [args.seed])
     if "toy" in args.networks:
@@ -557,8 +556,7 @@ def main(argv=None):
     data = common.read_data(args.data, args.split, args.allow_missing, cache, "toy-pairs")
     if not args.reencode:
         refuse_unfit(data)
-    flags, mirror = {"clips": data.digest(), **vars(args)}, common.mirrors(data.classes)
-    about = {"classes": data.classes, "data": data.name}  # for wise_infer.py, beside the flags
+    args.clips = data.digest()  # for wise_infer.py
     data, held = common.hold_out(data, args.holdout, args.seed)
     data = common.few_shot(data, args.shots, args.seed)
     data = common.noisy_labels(data, args.label_noise, args.seed)
@@ -573,8 +571,8 @@ def main(argv=None):
     if RANK == 0:
         print(f"{data}, {len(held)} held out; {WORLD} process(es), {MACHINE}", flush=True)
 
-    train_streams(streams, data, mirror, args, flags, run, log)
-    train_exits(streams, exits, data, held, mirror, args, flags, about, run, log)
+    log = train_streams(streams, data, args, run)
+    log += train_exits(streams, exits, data, held, args, run)
     top1 = evaluate(streams, exits, data.test, data.bad, args)
     if WORLD > 1:
         dist.destroy_process_group()

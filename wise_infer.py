@@ -400,15 +400,15 @@ def load(args):
     if not path.exists():
         flags = f"--data {args.data} --split {args.split} --seed {args.seed} --out {args.out}"
         raise common.BadInput(f"{path} is missing; make it with: python pkd_compressed.py {flags}")
-    saved = common.read_saved(path, "flags", "streams", "exits", "classes", "data")
+    saved = common.read_saved(path, "flags", "streams", "exits", "classes")
     flags = saved["flags"]
     known = {"data", "split", "seed", "clips", "copies", "holdout", "networks", "size", "segments",
              "order", "shots", "label_noise"}
     if not known <= flags.keys():
         raise common.BadInput(f"{path} was written by another version, or is no such checkpoint")
-    orders, saved["data"] = flags["order"], Path(saved["data"]).name
-    args.split, args.seed = flags["split"], flags["seed"]
-    flags["copies"] = flags["copies"] and f"{args.out}/cache/{saved['data']}-mpeg4"
+    args.split, args.seed, orders = flags["split"], flags["seed"], flags["order"]
+    copies = f"{args.out}/cache/{Path(flags['data']).resolve().name}-mpeg4"
+    flags["copies"] = flags["copies"] and copies
     order = args.order or ("progressive" if "progressive" in orders else orders[0])
     if "optimizer" in saved:
         raise common.BadInput(f"{path} is not finished; go on with its command and --resume")

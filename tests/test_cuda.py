@@ -173,10 +173,10 @@ def test_pkd_compressed(on_gpu, build, clips, tmp_path, monkeypatch):
                                  "--epochs", "1", "--exit-epochs", "1"])
     streams = build(pkd_compressed.Streams, ["toy"] * 3, 12, False)
     exits = build(pkd_compressed.Exits, streams, args.order, 12, 0)
-    check(on_gpu(pkd_compressed, batches, pkd_compressed.train_streams, streams, data, [True] * 12,
-                 args, {}, tmp_path, []))
+    check(on_gpu(pkd_compressed, batches, pkd_compressed.train_streams, streams, data, args,
+                 tmp_path))
     check(on_gpu(pkd_compressed, batches, pkd_compressed.train_exits, streams, exits, data, [],
-                 [True] * 12, args, {}, {}, tmp_path, []))
+                 args, tmp_path))
     check(on_gpu(pkd_compressed, batches, pkd_compressed.evaluate, streams, exits, data.train, {},
                  args), len(batches))
     cascade = object.__new__(wise_infer.Cascade)
