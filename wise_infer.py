@@ -40,6 +40,7 @@ import contextlib
 import functools
 import itertools
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -174,28 +175,18 @@ class Cascade:
             common.load_strictly(part, own, "the checkpoint", f"networks with exits of {order}")
             part.to(DEVICE).eval().requires_grad_(False)
 
-    def look(self, path, copies=None):
-        """-> function: stream, S -> what its network sees of S segments of a clip, or of its copy
-        in `copies`. Decoded when asked for; motion alone until r or i needs pictures."""
-        held = {}
-
-        def view(stream, S):
-            if stream not in held.get(S, ()):
-                file = common.coded_copy(path, copies) if copies else path
-                found = common.p_frames(file)
-                indices = found[common.segment_indices(len(found), S)]
-                coded = common.read_compressed(file, indices, stream != "mv").to(DEVICE)
-                held[S] = common.compressed_view([coded], self.size)
-            return held[S][stream]
-        return view
-
     @torch.no_grad()
-    def run(self, look, weights, theta):
-        """One clip through the exits until eq. (3) stops it -> logits (j+1, K), softmax (K,)"""
-        z = []
+    def run(self, path, weights, theta):
+        """One clip through the exits until eq. (3) stops it -> logits (j+1, K), softmax (K,). It is
+        decoded as far as needed: motion alone until r or i needs pictures."""
+        z, views, found = [], {}, common.p_frames(path)
         for stream in self.streams:
-            x = look(stream, self.segments[stream])
-            for z_j in common.exit_logits(self.nets[stream], self.heads[stream], x):
+            S = self.segments[stream]
+            if stream not in views.get(S, ()):
+                indices = found[common.segment_indices(len(found), S)]
+                coded = common.read_compressed(path, indices, stream != "mv").to(DEVICE)
+                views[S] = common.compressed_view([coded], self.size)
+            for z_j in common.exit_logits(self.nets[stream], self.heads[stream], views[S][stream]):
                 z.append(z_j.double().cpu())
                 row = weights[len(z) - 1:len(z), :len(z)]                       # (1, j+1)
                 p = weighted_logits(torch.stack(z), row)[0, 0].softmax(-1)      # (K,)
@@ -208,21 +199,16 @@ class Cascade:
         """-> {(stream, S): logits (4, N, K)} of these pairs, for clips [(path, label)], one by one
         as in use, decoded once per S; labels (N,), -1: cannot be decoded, so wrong at any exit"""
         z = {pair: torch.zeros(4, len(clips), len(self.classes)).double() for pair in pairs}
-        labels = torch.tensor([label for _, label in clips])
-        for n, (path, _) in enumerate(tqdm(clips, "logits", leave=False, disable=None)):
-            look = self.look(path, self.copies)
-            try:
-                for stream, S in sorted(pairs):  # i first: its pictures serve all streams
-                    z_n = common.exit_logits(self.nets[stream], self.heads[stream], look(stream, S))
+        labels = torch.zeros(len(clips), dtype=torch.long)
+        for S in sorted({S for _, S in pairs}):
+            loader = common.ClipLoader(common.Clips(clips, S, None, "coded", copies=self.copies), 1,
+                                       bad=bad)
+            for n, batch in enumerate(tqdm(loader, "logits", leave=False, disable=None)):
+                labels[n] = batch.label[0]
+                x = common.compressed_view([batch.video[0].to(DEVICE)], self.size)
+                for stream in {stream for stream, own in pairs if own == S}:
+                    z_n = common.exit_logits(self.nets[stream], self.heads[stream], x[stream])
                     z[stream, S][:, n] = torch.cat(list(z_n))
-            except common.BadVideo as error:
-                print(f"cannot decode {path}: {error.reason}", file=sys.stderr)
-                bad[path], labels[n] = error.reason, -1
-        lost = (labels < 0).sum().item()
-        if lost == len(clips) or lost > max(10, .01 * len(clips)):
-            raise common.BadInput(f"{lost} of {len(clips)} clips cannot be decoded, last {path}")
-        if not all(part.isfinite().all() for part in z.values()):
-            raise common.BadInput("logits of the checkpoint are not finite")
         return z, labels
 
     def join(self, z, segments):
@@ -283,8 +269,8 @@ def run_for_real(cascade, clips, weights, theta):
     for n, (path, _) in enumerate(tqdm(clips, "early exit", leave=False, disable=None)):
         start = time.perf_counter()
         with contextlib.suppress(common.BadVideo):
-            p = cascade.run(cascade.look(path, cascade.copies), weights, theta)[1]
-            said[n] = p.argmax()
+            path = common.coded_copy(path, cascade.copies) if cascade.copies else path
+            said[n] = cascade.run(path, weights, theta)[1].argmax()
             ms.append((time.perf_counter() - start) * 1e3)
     return said, float(np.mean(ms))
 
@@ -316,13 +302,15 @@ def classify(cascade, paths, weights, theta):
         try:
             unfit = common.video_index(path).unfit
             with tempfile.TemporaryDirectory() as folder:
-                z, p = cascade.run(cascade.look(path, unfit and folder), weights, theta)
+                file = common.coded_copy(path, folder) if unfit else path
+                z, p = cascade.run(file, weights, theta)
         except common.BadVideo as error:
             print(f"cannot decode {path}: {error.reason}", file=sys.stderr)
             continue
         ms, (stream, k) = 1e3 * (time.perf_counter() - start), cascade.exits[len(z) - 1]
+        how = f", re-encoded: {unfit}" if unfit else ""
         lines.append(f"{path}: {cascade.classes[p.argmax()]}, {p.max():.3f}, exit {stream}{k}, "
-                     f"{ms:.1f} ms{unfit and f'  ({unfit}: re-encoded)'}")
+                     f"{ms:.1f} ms{how}")
         print(lines[-1], flush=True)
     if not lines:
         raise common.BadInput("none of the files can be decoded")
@@ -392,28 +380,23 @@ def parse(argv=None):
 
 def load(args):
     """-> the checkpoint of pkd_compressed.py, its path, and which order's exits to use"""
-    name = f"{Path(args.data).resolve().name}-s{args.split}-seed{args.seed}"
-    folder = Path(args.out, "pkd_compressed")
-    runs = [path for path in folder.glob("*/last.pt") if path.parent.name.startswith(f"{name}-")]
-    runs.sort(key=lambda path: path.stat().st_mtime)
-    path = Path(args.checkpoint or (runs or [folder / f"{name}-*/last.pt"])[-1])
-    if not path.exists():
-        flags = f"--data {args.data} --split {args.split} --seed {args.seed} --out {args.out}"
-        raise common.BadInput(f"{path} is missing; make it with: python pkd_compressed.py {flags}")
+    name = f"{Path(args.data).resolve().name}-s{args.split}-seed{args.seed}-"
+    runs = Path(args.out, "pkd_compressed").glob("*/last.pt")
+    runs = [path for path in runs if path.parent.name.startswith(name)]
+    if not runs and not args.checkpoint:
+        raise common.BadInput(f"{args.out}/pkd_compressed/{name}*/last.pt is missing; run "
+                              f"pkd_compressed.py first, with the same --data, --split, --seed")
+    path = args.checkpoint or max(runs, key=os.path.getmtime)
     saved = common.read_saved(path, "flags", "streams", "exits", "classes")
     flags = saved["flags"]
-    known = {"data", "split", "seed", "clips", "copies", "holdout", "networks", "size", "segments",
-             "order", "shots", "label_noise"}
-    if not known <= flags.keys():
-        raise common.BadInput(f"{path} was written by another version, or is no such checkpoint")
-    args.split, args.seed, orders = flags["split"], flags["seed"], flags["order"]
-    copies = f"{args.out}/cache/{Path(flags['data']).resolve().name}-mpeg4"
-    flags["copies"] = flags["copies"] and copies
-    order = args.order or ("progressive" if "progressive" in orders else orders[0])
     if "optimizer" in saved:
         raise common.BadInput(f"{path} is not finished; go on with its command and --resume")
+    args.split, args.seed, orders = flags["split"], flags["seed"], flags["order"]
+    order = args.order or ("progressive" if "progressive" in orders else orders[0])
     if order not in orders:
         raise common.BadInput(f"{path} has exits of {', '.join(orders)}, none of --order {order}")
+    if flags["copies"]:
+        flags["copies"] = f"{args.out}/cache/{Path(flags['data']).resolve().name}-mpeg4"
     return saved, path, order
 
 
@@ -455,22 +438,24 @@ def main(argv=None):
         return classify(cascade, args.video, W, theta)
 
     tests, y_test = cascade.logits(data.test, data.bad, pairs)
+    z_test, limit = cascade.join(tests, segments), operate(u, labels, theta, costs)[0]["GMAC"]
     arms = {name: (w, weighted_logits(z, w)) for name, w in baselines(exits).items()}
     arms["paper"] = cross_fit(z, labels, torch.zeros_like(W), 1e-3, args.seed)
-    arms["WISE"], limit = (W, u), operate(u, labels, theta, costs)[0]["GMAC"]
+    arms["WISE"] = W, u
     rows, points, curves = [], {}, {}
     for (stream, k), cost in zip(exits, costs.tolist(), strict=True):
         rows.append({"exit": f"{stream}{k}", "GMAC": cost})
-    for name, (w, u) in arms.items():
-        own = theta if name == "WISE" else theta_of_cost(u, labels, costs, limit)
-        u_test = weighted_logits(cascade.join(tests, segments), w)
+    for name, (w, u_held) in arms.items():
+        own = theta if name == "WISE" else theta_of_cost(u_held, labels, costs, limit)
+        u_test = weighted_logits(z_test, w)
         points[name], said, _ = operate(u_test, y_test, own, costs)
         curves[name] = [(p["GMAC"], p["top1"]) for p in operating_points(u_test, y_test, costs)]
         for row, right in zip(rows, u_test.argmax(-1) == y_test, strict=True):
             row[name] = right.double().mean().item()
     real, ms = run_for_real(cascade, data.test, W, theta)
     last, fused, early = rows[-1], sum(whole.values()), points["WISE"]
-    equal, _, _ = operate(u_test, y_test, theta_of_cost(u, labels, costs, fused), costs)
+    own = theta_of_cost(u, labels, costs, fused)
+    equal, _, _ = operate(weighted_logits(z_test, W), y_test, own, costs)
     scores = {"last": last["alone"], "last_gmac": whole[args.exit_order[-1]],
               "uniform": last["uniform"], "fusion": last["fusion"], "fusion_gmac": fused,
               "paper": last["paper"], "wise": last["WISE"], "wise_gmac": last["GMAC"],

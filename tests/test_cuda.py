@@ -182,8 +182,8 @@ def test_pkd_compressed(on_gpu, build, clips, tmp_path, monkeypatch):
     cascade = object.__new__(wise_infer.Cascade)
     vars(cascade).update(nets=streams.nets, heads=exits.heads["ce"], streams=("mv", "r", "i"),
                          size=32, segments={"mv": 2, "r": 2, "i": 2})
-    look = cascade.look(data.test[0][0])
-    on_gpu(wise_infer, [], cascade.run, look, torch.rand(12, 12, dtype=torch.float64), .9)
+    on_gpu(wise_infer, [], cascade.run, data.test[0][0], torch.rand(12, 12, dtype=torch.float64),
+           .9)
 
 
 # ---- mistakes that it must find
