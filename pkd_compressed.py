@@ -155,12 +155,12 @@ class FixedCrops(common.Clips):
 
 
 def see(batch, args, mirror=None):
-    """A batch as the networks see it, cropped and flipped at random where `mirror`, bool per class,
-    is given. -> {stream: (B, S, C, size, size)}"""
+    """-> {stream: (B, S, C, size, size)}; for training with `mirror`: may clips of class k flip?"""
     clips = [coded.to(DEVICE) for coded in batch.video]
-    rngs = [np.random.default_rng([args.seed, *key, 2]) for key in batch.key] if mirror else None
-    flips = [mirror[k] for k in batch.label] if mirror else None
-    return common.compressed_view(clips, args.size, rngs, flips)
+    if mirror is None:
+        return common.compressed_view(clips, args.size)
+    rngs = [np.random.default_rng([args.seed, *key, 2]) for key in batch.key]
+    return common.compressed_view(clips, args.size, rngs, [mirror[k] for k in batch.label])
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -362,9 +362,10 @@ def evaluate(streams, exits, clips, bad, args):
     streams.eval()
     exits.eval()
     names = [f"{stream}4" for stream in STREAMS]
-    names += map("".join, itertools.product(args.order, "-", STREAMS, "123"))
-    clips = common.Clips(clips, args.segments, None, "coded", copies=args.copies)
-    loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=bad)
+    for order, stream, k in itertools.product(args.order, STREAMS, (1, 2, 3)):
+        names.append(f"{order}-{stream}{k}")
+    coded = common.Clips(clips, args.segments, None, "coded", copies=args.copies)
+    loader = common.ClipLoader(coded, args.batch_size, args.workers, bad=bad)
     hits = torch.zeros(len(names), device=DEVICE)
     for batch in tqdm(loader, "test", leave=False, disable=None):
         labels, outputs = run_frozen(streams, batch, None, args)
@@ -412,30 +413,28 @@ def flatness(streams, exits, data, args, clips=128):
 
 
 def minimum(name, module, batches, args, probes=30):
-    """The trace of the Hessian H of the cross entropy in eval(), by Hutchinson: E[v H v], v of +1
-    and -1. -> row, mean and standard error over the probes"""
+    """The trace of the Hessian H of the cross entropy, of exits the sum of three, in eval(), by
+    Hutchinson: E[v H v], v of +1 and -1. Clips that cannot be decoded, label -1, do not count. ->
+    row, mean and standard error over the probes"""
     module = copy.deepcopy(module).eval().requires_grad_()
     torch.manual_seed(args.seed)
     weights, traces = list(module.parameters()), np.zeros(probes)
+    count = sum((y >= 0).sum() for _, _, y in batches)
     for n in range(probes):
         v, loss = [torch.randn_like(w).sign() for w in weights], 0.
-        for share in loss_shares(module, batches, args.segments):
+        for x, maps, y in batches:  # memory holds the graph of one batch
+            if isinstance(module, nn.ModuleList):
+                logits = [head(f, args.segments) for head, f in zip(module, maps, strict=True)]
+            else:
+                logits = [module(x)[1]]
+            terms = [F.cross_entropy(z, y, ignore_index=-1, reduction="sum") for z in logits]
+            share = sum(terms) / count
             slopes = torch.autograd.grad(share, weights, create_graph=True)
             Hv = torch.autograd.grad(slopes, weights, v)
             traces[n] += sum((a * b).sum().item() for a, b in zip(Hv, v, strict=True))
             loss += share.item()
     return {"minimum": name, "loss": loss, "trace": traces.mean(),
             "standard error": traces.std(ddof=1) / probes ** .5}
-
-
-def loss_shares(module, batches, S):
-    """Yields each batch's share of the mean cross entropy, of exits the sum of three: memory holds
-    one graph. A clip that cannot be decoded has label -1 and does not count."""
-    exits, count = isinstance(module, nn.ModuleList), sum((y >= 0).sum() for _, _, y in batches)
-    for x, maps, y in batches:
-        logits = [z(f, S) for z, f in zip(module, maps, strict=True)] if exits else module(x)[1:]
-        terms = [F.cross_entropy(z, y, ignore_index=-1, reduction="sum") for z in logits]
-        yield sum(terms) / count
 
 
 def draw_streams(data, args, path):
