@@ -201,8 +201,8 @@ class Cascade:
 
     @torch.no_grad()
     def logits(self, clips, bad, counts):
-        """Clips [(path, label)], one by one as in use -> {S: logits (E, N, K)} for S in counts;
-        labels (N,), -1: cannot be decoded, so wrong at any exit"""
+        """Clips [(path, label)], one by one as in use -> {S: logits (3, 4, N, K), of streams and
+        their exits} for S in counts; labels (N,), -1: cannot be decoded, so wrong at any exit"""
         z, labels = {}, torch.zeros(len(clips), dtype=torch.long)
         for S in counts:
             part = common.Clips(clips, S, None, "coded", copies=self.copies)
@@ -211,13 +211,12 @@ class Cascade:
                 labels[n] = batch.label[0]
                 x = common.compressed_view([batch.video[0].to(DEVICE)], self.size)
                 found.append(torch.stack(list(self.all_exits(x))))              # (E, 1, K)
-            z[S] = torch.cat(found, 1).double().cpu()
+            z[S] = torch.cat(found, 1).double().cpu().unflatten(0, (3, 4))
         return z, labels
 
     def join(self, z, segments):
-        """What logits() found, with S by stream -> (E, N, K)"""
-        return torch.cat([z[segments[stream]][4 * n:4 * n + 4]
-                          for n, stream in enumerate(self.streams)])
+        """Of what logits() found: each stream with its own S -> (E, N, K)"""
+        return torch.cat([z[segments[stream]][n] for n, stream in enumerate(self.streams)])
 
     @torch.no_grad()
     def costs(self, segments):
@@ -428,7 +427,7 @@ def main(argv=None):
     counts = {1, saved["flags"]["segments"]} if args.sweep else set()
     needed = sorted(counts.union(segments.values()))
     parts, labels = cascade.logits(held, data.bad, needed)
-    parts, labels = {S: z[:, labels >= 0] for S, z in parts.items()}, labels[labels >= 0]
+    parts, labels = {S: z[:, :, labels >= 0] for S, z in parts.items()}, labels[labels >= 0]
     if len(labels) < 2:
         raise common.BadInput("one clip is held out: --holdout of pkd_compressed.py")
     (costs, whole), z = cascade.costs(segments), cascade.join(parts, segments)

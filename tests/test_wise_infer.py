@@ -488,8 +488,8 @@ def test_record_and_result_agree_and_theta_2_goes_to_the_end(trained, base, tmp_
 
 
 def test_sweep_marks_the_pareto_front(trained, tmp_path, monkeypatch):
-    """With a third of the clips, and no fit, to spare time. The clips are decoded once
-    per number of segments, and once more for the early exits that are really run."""
+    """With a third of the clips and no fit, to spare time. Clips are decoded once per number of
+    segments, and once more for the early exits that are really run."""
     read, real = [], common.read_compressed
 
     def spy(path, indices, pictures=True):
