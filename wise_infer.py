@@ -475,7 +475,8 @@ def report(scores, results, curves, data, args, began):
     points = [{"early exit": name, **point} for name, point in results["points"].items()]
     print(f"{table(results['exits'])}\ntop-1 if all clips stop there; paper: prior 0, l1 .001; "
           f"WISE: {results['prior']}; leave: share of clips, WISE\n{table(points)}\nall cost the "
-          f"same on held-out clips; WISE takes {results['ms']:.1f} ms a clip with decoding")
+          f"same on held-out clips; WISE takes {results['ms']:.1f} ms a clip with decoding; equal: "
+          f"WISE leaving at late fusion's cost")
     if results["sweep"]:
         print(table(results["sweep"]))
     if scores["wise"] < scores["fusion"]:
