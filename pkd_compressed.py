@@ -78,6 +78,8 @@ if GPU:
     torch.cuda.set_device(DEVICE)
 MACHINE = torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU"
 STREAMS, ORDERS = ("mv", "r", "i"), ("ce", "progressive", "anti", "iframe", "self")
+CROPS = 2  # fixed crops of each clip that the exits see
+CACHE_GB = 16  # limit of the cache of their feature maps; HMDB51 would take 72
 
 # ---- the method: eqs. (1)-(3) --------------------------------------------------------------------
 
@@ -146,20 +148,19 @@ class Exits(nn.Module):
 
 
 class FixedCrops(common.Clips):
-    """Epoch e sees view e % crops of each clip, none of those that the networks learned from."""
-    crops = 1
+    """Epoch e sees view e % CROPS of each clip, none of those that the networks learned from."""
 
     def __getitem__(self, key):
-        return super().__getitem__((10 ** 6 + key[0] % self.crops, key[1]))
+        return super().__getitem__((10 ** 6 + key[0] % CROPS, key[1]))
 
 
 def see(batch, args, mirror=None):
-    """A batch as the networks see it, cropped and flipped at random where `mirror`, bool per class,
-    is given. -> {stream: (B, S, C, size, size)}"""
+    """-> {stream: (B, S, C, size, size)}; for training with `mirror`: may clips of class k flip?"""
     clips = [coded.to(DEVICE) for coded in batch.video]
-    rngs = [np.random.default_rng([args.seed, *key, 2]) for key in batch.key] if mirror else None
-    flips = [mirror[k] for k in batch.label] if mirror else None
-    return common.compressed_view(clips, args.size, rngs, flips)
+    if mirror is None:
+        return common.compressed_view(clips, args.size)
+    rngs = [np.random.default_rng([args.seed, *key, 2]) for key in batch.key]
+    return common.compressed_view(clips, args.size, rngs, [mirror[k] for k in batch.label])
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -172,11 +173,11 @@ def learning_rate(name, args):
     not those of toys."""
     kind, stream, layer, *_ = name.split(".")
     if kind == "heads":
-        return args.exit_lr
+        return 3e-3 if "toy" in args.networks else 1e-3
     lr = args.lr[STREAMS.index(stream)]
     if layer == "fc" or not args.imagenet or "toy" in args.networks:
         return lr
-    return lr * (.1 if layer in ("input", "stem") and stream != "i" else args.backbone_factor)
+    return lr * (.1 if layer in ("input", "stem") and stream != "i" else .01)
 
 
 def adamw(module, args, steps, coviar=False):
@@ -237,15 +238,15 @@ def average(terms, module):
     return list(terms)
 
 
-def train_streams(streams, data, mirror, args, flags, run, log):
-    """The three networks, each by the cross entropy of its consensus, on the same batches."""
+def train_streams(streams, data, args, run):
+    """The networks, each by the cross entropy of its consensus, on the same batches. -> rows"""
     clips = common.Clips(data.train, args.segments, None, "coded", train=True, seed=args.seed,
                          copies=args.copies)
     loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
     coviar = args.imagenet and "toy" not in args.networks
     optimizer, schedule = adamw(streams, args, args.epochs * len(loader), coviar)
     parts = {"streams": streams, "optimizer": optimizer, "schedule": schedule}
-    path = run / "streams-last.pt"
+    path, mirror = run / "streams-last.pt", common.mirrors(data.classes)
     rows = resume(path, parts) if args.resume and path.exists() else []
     wrapped = nn.parallel.DistributedDataParallel(streams) if WORLD > 1 else streams
     for epoch, batches in loader.epochs(len(rows), args.epochs):
@@ -268,8 +269,8 @@ def train_streams(streams, data, mirror, args, flags, run, log):
         row = {"stage": "streams", "epoch": epoch + 1}
         row.update(zip(STREAMS, loader.mean(average(terms, streams), epoch), strict=True))
         row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
-        keep(row, rows, args.epochs, path, flags, {}, parts)
-    log += rows
+        keep(row, rows, args.epochs, path, vars(args), {}, parts)
+    return rows
 
 
 def run_frozen(streams, batch, mirror, args):
@@ -283,43 +284,43 @@ def run_frozen(streams, batch, mirror, args):
 
 def feature_cache(streams, clips, mirror, args, data):
     """run_frozen for every clip and crop, in memory: labels, outputs of mv, r, i, maps in fp16; row
-    crop * N + clip. None where that takes more than --cache-gb."""
+    crop * N + clip. None where that takes more than CACHE_GB."""
     loader = common.ClipLoader(clips, args.batch_size, args.workers, 0, 1, data.bad)
     loader.order.train = False  # every clip once, in the order of the list
     found = []
-    for crop, batches in loader.epochs(0, args.crops):
+    for crop, batches in loader.epochs(0, CROPS):
         for batch in tqdm(batches, f"crop {crop + 1}", len(loader), False, disable=None):
             labels, outputs = run_frozen(streams, batch, mirror, args)
             columns = [labels, *itertools.chain(*outputs.values())]
-            room = 2e-9 * args.crops * len(clips) / len(labels) * sum(f.numel() for f in columns)
-            if room > args.cache_gb:
-                print(f"{room:.0f} GB are more than --cache-gb: every epoch decodes anew")
+            room = 2e-9 * CROPS * len(clips) / len(labels) * sum(f.numel() for f in columns)
+            if room > CACHE_GB:
+                print(f"feature maps would take {room:.0f} GB: every epoch decodes anew")
                 return None
             columns = [f.half() if f.ndim == 4 else f for f in columns]
             found.append([f.unflatten(0, (len(labels), -1)).cpu() for f in columns])
     return [torch.cat(column) for column in zip(*found, strict=True)]
 
 
-def cached_batches(cache, loader, epoch, crops):
+def cached_batches(cache, loader, epoch):
     """What run_frozen says of the batches of an epoch, from the cache"""
     for keys in loader.order.batches(epoch):
-        at = torch.tensor([epoch % crops * len(loader.dataset) + i for _, i in keys])
+        at = torch.tensor([epoch % CROPS * len(loader.dataset) + i for _, i in keys])
         labels, *parts = [column[at].flatten(0, 1).to(DEVICE) for column in cache]
         parts = [f.float() for f in parts]
         yield labels, dict(zip(STREAMS, (parts[:4], parts[4:8], parts[8:]), strict=True))
 
 
-def train_exits(streams, exits, data, held, mirror, args, flags, about, run, log):
-    """All exits by eqs. (1)-(3), on the same batches; tested on held-out clips as teachers go."""
+def train_exits(streams, exits, data, held, args, run):
+    """All exits by eqs. (1)-(3), on the same batches; tested on the clips `held` out as teachers
+    change. -> rows"""
     streams.eval().requires_grad_(False)  # frozen, BatchNorm too
     clips = FixedCrops(data.train, args.segments, None, "coded", train=True, seed=args.seed,
                        copies=args.copies)
-    clips.crops = args.crops
     loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
     steps = args.exit_epochs * len(loader)
     optimizer, schedule = adamw(exits, args, steps)
     parts = {"streams": streams, "exits": exits, "optimizer": optimizer, "schedule": schedule}
-    path = run / "last.pt"
+    path, mirror = run / "last.pt", common.mirrors(data.classes)
     rows = resume(path, parts) if args.resume and path.exists() else []
     cache = len(rows) < args.exit_epochs and feature_cache(streams, clips, mirror, args, data)
     wrapped = nn.parallel.DistributedDataParallel(exits) if WORLD > 1 else exits
@@ -327,7 +328,7 @@ def train_exits(streams, exits, data, held, mirror, args, flags, about, run, log
     for epoch, batches in loader.epochs(len(rows), args.exit_epochs):
         began, terms = time.time(), []
         exits.train()
-        seen = cached_batches(cache, loader, epoch, args.crops) if cache else \
+        seen = cached_batches(cache, loader, epoch) if cache else \
             (run_frozen(streams, batch, mirror, args) for batch in batches)
         bar = tqdm(seen, f"exits {epoch + 1}", len(loader), False, disable=None)
         for step, (labels, outputs) in enumerate(bar, epoch * len(loader)):
@@ -350,8 +351,8 @@ def train_exits(streams, exits, data, held, mirror, args, flags, about, run, log
         if held and epoch + 1 in ends:
             found = evaluate(streams, exits, held, data.bad, args)
             row.update({f"held-out {name}": x for name, x in found.items()})
-        keep(row, rows, args.exit_epochs, path, flags, about, parts)
-    log += rows
+        keep(row, rows, args.exit_epochs, path, vars(args), {"classes": data.classes}, parts)
+    return rows
 
 
 # ---- testing and measuring -----------------------------------------------------------------------
@@ -363,9 +364,10 @@ def evaluate(streams, exits, clips, bad, args):
     streams.eval()
     exits.eval()
     names = [f"{stream}4" for stream in STREAMS]
-    names += map("".join, itertools.product(args.order, "-", STREAMS, "123"))
-    clips = common.Clips(clips, args.segments, None, "coded", copies=args.copies)
-    loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=bad)
+    for order, stream, k in itertools.product(args.order, STREAMS, (1, 2, 3)):
+        names.append(f"{order}-{stream}{k}")
+    coded = common.Clips(clips, args.segments, None, "coded", copies=args.copies)
+    loader = common.ClipLoader(coded, args.batch_size, args.workers, bad=bad)
     hits = torch.zeros(len(names), device=DEVICE)
     for batch in tqdm(loader, "test", leave=False, disable=None):
         labels, outputs = run_frozen(streams, batch, None, args)
@@ -380,16 +382,18 @@ def evaluate(streams, exits, clips, bad, args):
 
 
 def phases(log, args, path):
-    """Draw top-1 of the exits on held-out clips where teachers change, mean of exits 1-3 -> rows"""
-    tested, rows = [row for row in log if "held-out mv4" in row], []
-    curves = {stream: {order: [] for order in args.order} for stream in STREAMS}
+    """Draw top-1 of held-out clips where teachers change, mean of exits 1-3 -> rows"""
+    rows, panels = [], {stream: {} for stream in STREAMS}
     for stream, order in itertools.product(STREAMS, args.order):
-        rows.append({"exits of": stream, "order": order})
-        for row in tested:
-            top1 = sum(row[f"held-out {order}-{stream}{k}"] for k in (1, 2, 3)) / 3
-            rows[-1][f"epoch {row['epoch']}"] = top1
-            curves[stream][order].append((row["epoch"], top1))
-    common.plot(curves, "epoch", "top-1 of held-out clips, mean of exits 1-3", path)
+        curve = []
+        for row in log:
+            top1 = [row.get(f"held-out {order}-{stream}{k}") for k in (1, 2, 3)]
+            if None not in top1:
+                curve.append((row["epoch"], sum(top1) / 3))
+        panels[stream][order] = curve
+        columns = {f"epoch {epoch}": top1 for epoch, top1 in curve}
+        rows.append({"exits of": stream, "order": order, **columns})
+    common.plot(panels, "epoch", "top-1 of held-out clips, mean of exits 1-3", path)
     return rows
 
 
@@ -410,39 +414,29 @@ def flatness(streams, exits, data, args, clips=128):
     return rows
 
 
-def minimum(name, module, batches, args, probes=30, eps=.1):
-    """The trace of the Hessian H of the cross entropy (Hutchinson: E[v H v], v of +1 and -1), and
-    the rise of the loss with eps |w| u / |u|, u normal, added to each tensor w, both in eval(). ->
+def minimum(name, module, batches, args, probes=30):
+    """The trace of the Hessian H of the cross entropy, of exits the sum of three, in eval(), by
+    Hutchinson: E[v H v], v of +1 and -1. Clips that cannot be decoded, label -1, do not count. ->
     row, mean and standard error over the probes"""
-    module, S = copy.deepcopy(module).eval().requires_grad_(), args.segments
+    module = copy.deepcopy(module).eval().requires_grad_()
     torch.manual_seed(args.seed)
-    weights, found = list(module.parameters()), {"trace": np.zeros(probes), "rise": []}
-    loss = sum(share.item() for share in loss_shares(module, batches, S))
+    weights, traces = list(module.parameters()), np.zeros(probes)
+    count = sum((y >= 0).sum() for _, _, y in batches)
     for n in range(probes):
-        v = [torch.randn_like(w).sign() for w in weights]
-        for share in loss_shares(module, batches, S):
+        v, loss = [torch.randn_like(w).sign() for w in weights], 0.
+        for x, maps, y in batches:  # memory holds the graph of one batch
+            if isinstance(module, nn.ModuleList):
+                logits = [head(f, args.segments) for head, f in zip(module, maps, strict=True)]
+            else:
+                logits = [module(x)[1]]
+            terms = [F.cross_entropy(z, y, ignore_index=-1, reduction="sum") for z in logits]
+            share = sum(terms) / count
             slopes = torch.autograd.grad(share, weights, create_graph=True)
             Hv = torch.autograd.grad(slopes, weights, v)
-            found["trace"][n] += sum((a * b).sum().item() for a, b in zip(Hv, v, strict=True))
-        near = copy.deepcopy(module).requires_grad_(False)
-        for w in near.parameters():
-            u = torch.randn_like(w)
-            w += eps * w.norm() * u / u.norm()
-        found["rise"].append(sum(x.item() for x in loss_shares(near, batches, S)) - loss)
-    row = {"minimum": name, "loss": loss}
-    for key, x in found.items():
-        row |= {key: float(np.mean(x)), f"se {key}": float(np.std(x, ddof=1) / probes ** .5)}
-    return row
-
-
-def loss_shares(module, batches, S):
-    """Yields each batch's share of the mean cross entropy, of exits the sum of three: memory holds
-    one graph. A clip that cannot be decoded has label -1 and does not count."""
-    exits, count = isinstance(module, nn.ModuleList), sum((y >= 0).sum() for _, _, y in batches)
-    for x, maps, y in batches:
-        logits = [z(f, S) for z, f in zip(module, maps, strict=True)] if exits else module(x)[1:]
-        terms = [F.cross_entropy(z, y, ignore_index=-1, reduction="sum") for z in logits]
-        yield sum(terms) / count
+            traces[n] += sum((a * b).sum().item() for a, b in zip(Hv, v, strict=True))
+            loss += share.item()
+    return {"minimum": name, "loss": loss, "trace": traces.mean(),
+            "standard error": traces.std(ddof=1) / probes ** .5}
 
 
 def draw_streams(data, args, path):
@@ -510,13 +504,9 @@ def parse(argv=None):
     add("--flatness", action="store_true", help="measure how flat the minima are")
     add("--epochs", type=int, default=120, help="of the networks; 14 for toy clips")
     add("--exit-epochs", type=int, default=60, help="of the exits; 18 for toy clips")
-    add("--crops", type=int, default=2, help="fixed crops per clip for the exits")
-    add("--cache-gb", type=float, default=16., help="limit of the feature cache; HMDB51 takes 72")
     add("--batch-size", type=int, default=32, help="of all processes together")
     add("--lr", type=float, nargs="+", default=[1e-3], help="of mv, r, i, or one for all; 3e-3 for "
         "toys, else .01 .005 .0003 with --imagenet")
-    add("--backbone-factor", type=float, default=.01, help="on --lr for ImageNet's weights")
-    add("--exit-lr", type=float, default=1e-3, help="3e-3 for toy networks")
     add("--compile", action="store_true", help="torch.compile the three networks")
     add("--seed", type=int, default=0, help="of initial weights, order and augmentation")
     add("--seeds", type=int, nargs="*", default=[], help="one run each, and mean, as --split all")
@@ -529,41 +519,34 @@ def parse(argv=None):
     if args.imagenet:
         parser.set_defaults(lr=[.01, .005, .0003])
     if "toy" in parser.parse_known_args(argv)[0].networks:
-        parser.set_defaults(lr=[3e-3], exit_lr=3e-3)
+        parser.set_defaults(lr=[3e-3])
     args = parser.parse_args(argv)
     args.lr = args.lr * 3 if len(args.lr) == 1 else args.lr
     args.order = list(ORDERS) if "all" in args.order else list(dict.fromkeys(args.order))
     copies = f"{args.out}/cache/{Path(args.data).resolve().name}-mpeg4"
     args.copies = copies if args.reencode else None
-    if min(args.segments, args.epochs, args.exit_epochs, args.crops, args.batch_size) < 1:
-        parser.error("--segments, --epochs, --exit-epochs, --crops, --batch-size take 1 or more")
-    if args.workers < 0 or args.size < 32 or not 0 <= args.holdout < 1 or not args.cache_gb >= 0:
-        parser.error("--workers, --cache-gb take 0 or more, --size 32 or more, --holdout 0 to 1")
-    if not (0 <= args.seed < 2 ** 63 and args.shots >= 0 and 0 <= args.label_noise <= 1):
-        parser.error("--seed, --shots take 0 or more, --label-noise 0 to 1")
-    above = *args.lr, args.exit_lr, args.backbone_factor, args.tau
-    if len(args.lr) != 3 or not all(0 < x < math.inf for x in above):
-        parser.error("--lr: one or three; --lr, --exit-lr, --backbone-factor, --tau: more than 0")
-    if args.batch_size * args.segments < 2:
-        parser.error("BatchNorm needs two frames: --batch-size or --segments 2 or more")
+    if min(args.segments, args.epochs, args.exit_epochs, args.batch_size) < 1:
+        parser.error("--segments, --epochs, --exit-epochs, --batch-size take 1 or more")
+    if args.size < 32 or not (0 <= args.holdout < 1 and 0 <= args.label_noise <= 1):
+        parser.error("--size takes 32 or more, --holdout and --label-noise 0 to 1")
+    if not 0 <= args.seed < 2 ** 63 or min(args.shots, args.workers) < 0:
+        parser.error("--seed, --shots, --workers take 0 or more")
+    if len(args.lr) != 3 or not all(0 < x < math.inf for x in (*args.lr, args.tau)):
+        parser.error("--lr takes one number or three; --lr, --tau: more than 0")
     return args
 
 
 def refuse_unfit(data):
-    """Raises BadInput where clips' vectors cannot be followed."""
-    unfit, clips = [], data.train + data.test
-    for path, _ in clips:
+    """Raises BadInput where a clip's vectors cannot be followed."""
+    for path, _ in data.train + data.test:
         with contextlib.suppress(common.BadVideo):
             if reason := common.video_index(path).unfit:
-                unfit.append(f"{path}: {reason}")
-    if unfit:
-        raise common.BadInput(f"{len(unfit)} of {len(clips)} clips cannot serve as they are, first "
-                              f"{unfit[0]}; add --reencode, which works on copies")
+                raise common.BadInput(f"{path}: {reason}; add --reencode, which works on copies")
 
 
 def main(argv=None):
     """Train three networks and their exits, test and measure them. -> numbers"""
-    args, began, log = parse(argv), time.time(), []
+    args, began = parse(argv), time.time()
     if args.split == "all" or args.seeds:
         return common.several(main, argv, args.split, args.seeds or [args.seed])
     if "toy" in args.networks:
@@ -575,8 +558,7 @@ def main(argv=None):
     data = common.read_data(args.data, args.split, args.allow_missing, cache, "toy-pairs")
     if not args.reencode:
         refuse_unfit(data)
-    flags, mirror = {"clips": data.digest(), **vars(args)}, common.mirrors(data.classes)
-    about = {"classes": data.classes, "data": data.name}  # for wise_infer.py, beside the flags
+    args.clips = data.digest()  # for wise_infer.py
     data, held = common.hold_out(data, args.holdout, args.seed)
     data = common.few_shot(data, args.shots, args.seed)
     data = common.noisy_labels(data, args.label_noise, args.seed)
@@ -591,8 +573,8 @@ def main(argv=None):
     if RANK == 0:
         print(f"{data}, {len(held)} held out; {WORLD} process(es), {MACHINE}", flush=True)
 
-    train_streams(streams, data, mirror, args, flags, run, log)
-    train_exits(streams, exits, data, held, mirror, args, flags, about, run, log)
+    log = train_streams(streams, data, args, run)
+    log += train_exits(streams, exits, data, held, args, run)
     top1 = evaluate(streams, exits, data.test, data.bad, args)
     if WORLD > 1:
         dist.destroy_process_group()
@@ -610,9 +592,8 @@ def report(top1, minima, data, held, args, log, run, began):
         rows.append({"exit": f"{stream}{k}", **row, "whole network": top1[f"{stream}4"]})
     print(f"{table(rows)}\ntop-1 of {len(data.test)} test clips, chance 1/{len(data.classes)}")
     if minima:
-        mv, r, i = (row["trace"] for row in minima[:3])
-        print(f"{table(minima)}\nse: standard error; exits: sum of three. The paper's I < R < MV "
-              f"{'holds' if i < r < mv else 'does not hold'} here by the trace of the Hessian")
+        print(f"{table(minima)}\ntrace of the Hessian, of exits the sum of three; the paper finds "
+              f"i < r < mv")
     if held:
         print(f"{table(phases(log, args, run / 'phases.png'))}\ntop-1 of {len(held)} held-out "
               f"clips, mean of exits 1-3, after sixths 1, 2, 4, 5, 6 of the training\n"

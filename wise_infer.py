@@ -40,6 +40,7 @@ import contextlib
 import functools
 import itertools
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -174,28 +175,18 @@ class Cascade:
             common.load_strictly(part, own, "the checkpoint", f"networks with exits of {order}")
             part.to(DEVICE).eval().requires_grad_(False)
 
-    def look(self, path, copies=None):
-        """-> function: stream, S -> what its network sees of S segments of a clip, or of its copy
-        in `copies`. Decoded when asked for; motion alone until r or i needs pictures."""
-        held = {}
-
-        def view(stream, S):
-            if stream not in held.get(S, ()):
-                file = common.coded_copy(path, copies) if copies else path
-                found = common.p_frames(file)
-                indices = found[common.segment_indices(len(found), S)]
-                coded = common.read_compressed(file, indices, stream != "mv").to(DEVICE)
-                held[S] = common.compressed_view([coded], self.size)
-            return held[S][stream]
-        return view
-
     @torch.no_grad()
-    def run(self, look, weights, theta):
-        """One clip through the exits until eq. (3) stops it -> logits (j+1, K), softmax (K,)"""
-        z = []
+    def run(self, path, weights, theta):
+        """One clip through the exits until eq. (3) stops it -> logits (j+1, K), softmax (K,). It is
+        decoded as far as needed: motion alone until r or i needs pictures."""
+        z, views, found = [], {}, common.p_frames(path)
         for stream in self.streams:
-            x = look(stream, self.segments[stream])
-            for z_j in common.exit_logits(self.nets[stream], self.heads[stream], x):
+            S = self.segments[stream]
+            if stream not in views.get(S, ()):
+                indices = found[common.segment_indices(len(found), S)]
+                coded = common.read_compressed(path, indices, stream != "mv").to(DEVICE)
+                views[S] = common.compressed_view([coded], self.size)
+            for z_j in common.exit_logits(self.nets[stream], self.heads[stream], views[S][stream]):
                 z.append(z_j.double().cpu())
                 row = weights[len(z) - 1:len(z), :len(z)]                       # (1, j+1)
                 p = weighted_logits(torch.stack(z), row)[0, 0].softmax(-1)      # (K,)
@@ -203,31 +194,29 @@ class Cascade:
                     return torch.cat(z), p
         return torch.cat(z), p
 
+    def all_exits(self, x):
+        """compressed_view -> yields the logits (B, K) of every exit"""
+        for stream in self.streams:
+            yield from common.exit_logits(self.nets[stream], self.heads[stream], x[stream])
+
     @torch.no_grad()
-    def logits(self, clips, bad, pairs):
-        """-> {(stream, S): logits (4, N, K)} of these pairs, for clips [(path, label)], one by one
-        as in use, decoded once per S; labels (N,), -1: cannot be decoded, so wrong at any exit"""
-        z = {pair: torch.zeros(4, len(clips), len(self.classes)).double() for pair in pairs}
-        labels = torch.tensor([label for _, label in clips])
-        for n, (path, _) in enumerate(tqdm(clips, "logits", leave=False, disable=None)):
-            look = self.look(path, self.copies)
-            try:
-                for stream, S in sorted(pairs):  # i first: its pictures serve all streams
-                    z_n = common.exit_logits(self.nets[stream], self.heads[stream], look(stream, S))
-                    z[stream, S][:, n] = torch.cat(list(z_n))
-            except common.BadVideo as error:
-                print(f"cannot decode {path}: {error.reason}", file=sys.stderr)
-                bad[path], labels[n] = error.reason, -1
-        lost = (labels < 0).sum().item()
-        if lost == len(clips) or lost > max(10, .01 * len(clips)):
-            raise common.BadInput(f"{lost} of {len(clips)} clips cannot be decoded, last {path}")
-        if not all(part.isfinite().all() for part in z.values()):
-            raise common.BadInput("logits of the checkpoint are not finite")
+    def logits(self, clips, bad, counts):
+        """Clips [(path, label)], one by one as in use -> {S: logits (3, 4, N, K), of streams and
+        their exits} for S in counts; labels (N,), -1: cannot be decoded, so wrong at any exit"""
+        z, labels = {}, torch.zeros(len(clips), dtype=torch.long)
+        for S in counts:
+            part = common.Clips(clips, S, None, "coded", copies=self.copies)
+            loader, found = common.ClipLoader(part, 1, bad=bad), []
+            for n, batch in enumerate(tqdm(loader, "logits", leave=False, disable=None)):
+                labels[n] = batch.label[0]
+                x = common.compressed_view([batch.video[0].to(DEVICE)], self.size)
+                found.append(torch.stack(list(self.all_exits(x))))              # (E, 1, K)
+            z[S] = torch.cat(found, 1).double().cpu().unflatten(0, (3, 4))
         return z, labels
 
     def join(self, z, segments):
-        """What logits() found, in the order of the exits -> (E, N, K)"""
-        return torch.cat([z[stream, segments[stream]] for stream in self.streams])
+        """Of what logits() found: each stream with its own S -> (E, N, K)"""
+        return torch.cat([z[segments[stream]][n] for n, stream in enumerate(self.streams)])
 
     @torch.no_grad()
     def costs(self, segments):
@@ -240,26 +229,24 @@ class Cascade:
                 self.nets[stream](x[stream])
             whole[stream] = counter.get_total_flops() / 2e9
         with FlopCounterMode(display=False) as counter:
-            for stream in self.streams:
-                for _ in common.exit_logits(self.nets[stream], self.heads[stream], x[stream]):
-                    costs.append(counter.get_total_flops() / 2e9)
+            for _ in self.all_exits(x):
+                costs.append(counter.get_total_flops() / 2e9)
         return torch.tensor(costs, dtype=torch.float64), whole
 
 
 def operate(u, labels, theta, costs):
-    """Eq. (3) on these clips -> {theta, top1, GMAC, leave: share at each exit}, classes, exits"""
-    left, read = leave_at(u, theta), labels >= 0
-    said = u.argmax(-1)[left, range(len(left))]
-    shares = torch.bincount(left[read], minlength=len(costs)) / read.sum()
-    return {"theta": float(theta), "top1": (said == labels).double().mean().item(),
-            "GMAC": expected_cost(left[read], costs).item(), "leave": shares.tolist()}, said, left
+    """Eq. (3) on these clips -> {theta, top1, GMAC}"""
+    left = leave_at(u, theta)
+    right = u.argmax(-1)[left, range(len(left))] == labels
+    return {"theta": float(theta), "top1": right.double().mean().item(),
+            "GMAC": expected_cost(left[labels >= 0], costs).item()}
 
 
-def operating_points(u, labels, costs, most=200):
-    """operate() at thresholds from 0 to 2, where something changes: confidences of these clips"""
+def operating_points(u, labels, costs):
+    """operate() at 202 thresholds where something changes: 0, confidences of these clips, 2"""
     sure = u.softmax(-1).amax(-1).flatten().sort().values
-    some = sure[torch.linspace(0, len(sure) - 1, most).long()].unique().tolist()
-    return [operate(u, labels, theta, costs)[0] for theta in [0., *some, 2.]]
+    some = sure[torch.linspace(0, len(sure) - 1, 200).long()].unique().tolist()
+    return [operate(u, labels, theta, costs) for theta in [0., *some, 2.]]
 
 
 def choose_theta(u, labels, costs, max_loss):
@@ -277,16 +264,16 @@ def theta_of_cost(u, labels, costs, gmac):
     return max(good, key=lambda point: (point["GMAC"], point["top1"]))["theta"]
 
 
-def run_for_real(cascade, clips, weights, theta):
-    """Eq. (3) as deployed, decoding what is needed -> classes (N,), -1: cannot be; ms a clip"""
-    said, ms = torch.full((len(clips),), -1), []
-    for n, (path, _) in enumerate(tqdm(clips, "early exit", leave=False, disable=None)):
+def time_clips(cascade, clips, weights, theta):
+    """Eq. (3) as deployed, decoding what is needed -> mean ms a clip"""
+    ms = []
+    for path, _ in tqdm(clips, "early exit", leave=False, disable=None):
         start = time.perf_counter()
         with contextlib.suppress(common.BadVideo):
-            p = cascade.run(cascade.look(path, cascade.copies), weights, theta)[1]
-            said[n] = p.argmax()
+            path = common.coded_copy(path, cascade.copies) if cascade.copies else path
+            cascade.run(path, weights, theta)
             ms.append((time.perf_counter() - start) * 1e3)
-    return said, float(np.mean(ms))
+    return float(np.mean(ms))
 
 
 def sweep(cascade, counts, held, labels, test, y_test, args):
@@ -298,8 +285,7 @@ def sweep(cascade, counts, held, labels, test, y_test, args):
         W, u, _ = choose_weights(cascade.join(held, segments), labels, cascade.exits, args)
         u_test = weighted_logits(cascade.join(test, segments), W)
         for loss in (0., .5, 1., 2., 5.):
-            point = operate(u_test, y_test, choose_theta(u, labels, costs, loss), costs)[0]
-            del point["leave"]
+            point = operate(u_test, y_test, choose_theta(u, labels, costs, loss), costs)
             rows.append({**segments, "max_loss": loss, **point})
     rows.sort(key=lambda row: (row["GMAC"], -row["top1"]))
     for row in rows:
@@ -316,13 +302,15 @@ def classify(cascade, paths, weights, theta):
         try:
             unfit = common.video_index(path).unfit
             with tempfile.TemporaryDirectory() as folder:
-                z, p = cascade.run(cascade.look(path, unfit and folder), weights, theta)
+                file = common.coded_copy(path, folder) if unfit else path
+                z, p = cascade.run(file, weights, theta)
         except common.BadVideo as error:
             print(f"cannot decode {path}: {error.reason}", file=sys.stderr)
             continue
         ms, (stream, k) = 1e3 * (time.perf_counter() - start), cascade.exits[len(z) - 1]
+        how = f", re-encoded: {unfit}" if unfit else ""
         lines.append(f"{path}: {cascade.classes[p.argmax()]}, {p.max():.3f}, exit {stream}{k}, "
-                     f"{ms:.1f} ms{unfit and f'  ({unfit}: re-encoded)'}")
+                     f"{ms:.1f} ms{how}")
         print(lines[-1], flush=True)
     if not lines:
         raise common.BadInput("none of the files can be decoded")
@@ -365,13 +353,12 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--data", default="toy", help="the newest run of pkd_compressed.py on it is read, ...")
-    add("--split", type=common.which_split, default=1, choices=(1, 2, 3, "all"),
-        help="... with this split; all: with each, and mean")
-    add("--seed", type=int, default=0, help="... and this seed")
-    add("--seeds", type=int, nargs="*", default=[], help="... with each of these, and mean")
-    add("--checkpoint", metavar="FILE", help="that last.pt instead")
-    add("--order", help="of its exits; progressive, or the first there is")
+    add("--data", default="toy", help="of the newest run of pkd_compressed.py, which is read")
+    add("--split", type=common.which_split, default=1, choices=(1, 2, 3, "all"), help="of that run")
+    add("--seed", type=int, default=0, help="of that run")
+    add("--seeds", type=int, nargs="*", default=[], help="one run each, and mean, as --split all")
+    add("--checkpoint", metavar="FILE", help="its last.pt, in place of these flags")
+    add("--order", help="of the exits; progressive, or the first there is")
     add("--exit-order", nargs=3, default=list(STREAMS), help="of streams; the code's is r mv i")
     add("--prior", choices=("auto", "fusion", "paper"), default="auto", help="of eq. (2)")
     add("--l1", type=float, help="of eq. (2); without it chosen, as by --prior auto")
@@ -392,26 +379,19 @@ def parse(argv=None):
 
 def load(args):
     """-> the checkpoint of pkd_compressed.py, its path, and which order's exits to use"""
-    name = f"{Path(args.data).resolve().name}-s{args.split}-seed{args.seed}"
-    folder = Path(args.out, "pkd_compressed")
-    runs = [path for path in folder.glob("*/last.pt") if path.parent.name.startswith(f"{name}-")]
-    runs.sort(key=lambda path: path.stat().st_mtime)
-    path = Path(args.checkpoint or (runs or [folder / f"{name}-*/last.pt"])[-1])
-    if not path.exists():
-        flags = f"--data {args.data} --split {args.split} --seed {args.seed} --out {args.out}"
-        raise common.BadInput(f"{path} is missing; make it with: python pkd_compressed.py {flags}")
-    saved = common.read_saved(path, "flags", "streams", "exits", "classes", "data")
-    flags = saved["flags"]
-    known = {"data", "split", "seed", "clips", "copies", "holdout", "networks", "size", "segments",
-             "order", "shots", "label_noise"}
-    if not known <= flags.keys():
-        raise common.BadInput(f"{path} was written by another version, or is no such checkpoint")
-    orders, saved["data"] = flags["order"], Path(saved["data"]).name
-    args.split, args.seed = flags["split"], flags["seed"]
-    flags["copies"] = flags["copies"] and f"{args.out}/cache/{saved['data']}-mpeg4"
-    order = args.order or ("progressive" if "progressive" in orders else orders[0])
+    name = f"{Path(args.data).resolve().name}-s{args.split}-seed{args.seed}-"
+    runs = Path(args.out, "pkd_compressed").glob("*/last.pt")
+    runs = [path for path in runs if path.parent.name.startswith(name)]
+    if not runs and not args.checkpoint:
+        raise common.BadInput(f"{args.out}/pkd_compressed/{name}*/last.pt is missing; run "
+                              f"pkd_compressed.py first, with the same --data, --split, --seed")
+    path = args.checkpoint or max(runs, key=os.path.getmtime)
+    saved = common.read_saved(path, "flags", "streams", "exits", "classes")
     if "optimizer" in saved:
         raise common.BadInput(f"{path} is not finished; go on with its command and --resume")
+    args.split, args.seed = saved["flags"]["split"], saved["flags"]["seed"]
+    orders = saved["flags"]["order"]
+    order = args.order or ("progressive" if "progressive" in orders else orders[0])
     if order not in orders:
         raise common.BadInput(f"{path} has exits of {', '.join(orders)}, none of --order {order}")
     return saved, path, order
@@ -426,6 +406,8 @@ def read_clips(saved, path, args):
     data, held = common.hold_out(data, flags["holdout"], flags["seed"])
     data = common.few_shot(data, flags["shots"], flags["seed"])
     data = common.noisy_labels(data, flags["label_noise"], flags["seed"])
+    if not held:
+        print("NOTE no clips were held out: W and theta are fitted to clips seen in training")
     return data, held or data.train
 
 
@@ -443,9 +425,9 @@ def main(argv=None):
     print(f"{path}: exits of order {order}; weights from {len(held)} clips, {len(data.test)} test "
           f"clips, segments {segments}; {MACHINE}", flush=True)
     counts = {1, saved["flags"]["segments"]} if args.sweep else set()
-    pairs = {*segments.items(), *itertools.product(STREAMS, counts)}
-    parts, labels = cascade.logits(held, data.bad, pairs)
-    parts, labels = {pair: z[:, labels >= 0] for pair, z in parts.items()}, labels[labels >= 0]
+    needed = sorted(counts.union(segments.values()))
+    parts, labels = cascade.logits(held, data.bad, needed)
+    parts, labels = {S: z[:, :, labels >= 0] for S, z in parts.items()}, labels[labels >= 0]
     if len(labels) < 2:
         raise common.BadInput("one clip is held out: --holdout of pkd_compressed.py")
     (costs, whole), z = cascade.costs(segments), cascade.join(parts, segments)
@@ -454,23 +436,27 @@ def main(argv=None):
     if args.video:
         return classify(cascade, args.video, W, theta)
 
-    tests, y_test = cascade.logits(data.test, data.bad, pairs)
+    tests, y_test = cascade.logits(data.test, data.bad, needed)
+    z_test, limit = cascade.join(tests, segments), operate(u, labels, theta, costs)["GMAC"]
     arms = {name: (w, weighted_logits(z, w)) for name, w in baselines(exits).items()}
     arms["paper"] = cross_fit(z, labels, torch.zeros_like(W), 1e-3, args.seed)
-    arms["WISE"], limit = (W, u), operate(u, labels, theta, costs)[0]["GMAC"]
+    arms["WISE"] = W, u
     rows, points, curves = [], {}, {}
     for (stream, k), cost in zip(exits, costs.tolist(), strict=True):
         rows.append({"exit": f"{stream}{k}", "GMAC": cost})
-    for name, (w, u) in arms.items():
-        own = theta if name == "WISE" else theta_of_cost(u, labels, costs, limit)
-        u_test = weighted_logits(cascade.join(tests, segments), w)
-        points[name], said, _ = operate(u_test, y_test, own, costs)
+    for name, (w, u_held) in arms.items():
+        own = theta if name == "WISE" else theta_of_cost(u_held, labels, costs, limit)
+        u_test = weighted_logits(z_test, w)
+        points[name] = operate(u_test, y_test, own, costs)
         curves[name] = [(p["GMAC"], p["top1"]) for p in operating_points(u_test, y_test, costs)]
         for row, right in zip(rows, u_test.argmax(-1) == y_test, strict=True):
             row[name] = right.double().mean().item()
-    real, ms = run_for_real(cascade, data.test, W, theta)
     last, fused, early = rows[-1], sum(whole.values()), points["WISE"]
-    equal, _, _ = operate(u_test, y_test, theta_of_cost(u, labels, costs, fused), costs)
+    u_wise = weighted_logits(z_test, W)
+    equal = operate(u_wise, y_test, theta_of_cost(u, labels, costs, fused), costs)
+    left = leave_at(u_wise, theta)[y_test >= 0]
+    for e, row in enumerate(rows):
+        row["leave"] = (left == e).double().mean().item()
     scores = {"last": last["alone"], "last_gmac": whole[args.exit_order[-1]],
               "uniform": last["uniform"], "fusion": last["fusion"], "fusion_gmac": fused,
               "paper": last["paper"], "wise": last["WISE"], "wise_gmac": last["GMAC"],
@@ -478,8 +464,7 @@ def main(argv=None):
               "early_fusion": points["fusion"]["top1"], "early_gmac": early["GMAC"]}
     top1 = {name: x for name, x in scores.items() if not name.endswith("gmac")}
     results = {**scores, "top1": top1, "exits": rows, "points": points, "weights": W.tolist(),
-               "prior": prior, "theta": theta, "ms": ms, "seen": held is data.train,
-               "same": (real == said)[y_test >= 0].double().mean().item(),
+               "prior": prior, "theta": theta, "ms": time_clips(cascade, data.test, W, theta),
                "sweep": sweep(cascade, counts, parts, labels, tests, y_test, args)}
     report(scores, results, curves, data, args, began)
     return results
@@ -487,21 +472,15 @@ def main(argv=None):
 
 def report(scores, results, curves, data, args, began):
     """Write record and picture; print the tables and RESULT."""
-    rows = []
-    for name, point in results["points"].items():
-        shares = zip(results["exits"], point["leave"], strict=True)
-        leave = [f"{row['exit']} {share:.0%}" for row, share in shares if share > 0]
-        rows.append({"early exit": name, **point, "leave": " ".join(leave)})
+    points = [{"early exit": name, **point} for name, point in results["points"].items()]
     print(f"{table(results['exits'])}\ntop-1 if all clips stop there; paper: prior 0, l1 .001; "
-          f"WISE: {results['prior']}\n\n{table(rows)}\nall cost the same on held-out clips; "
-          f"equal: WISE leaving at late fusion's cost there; real: {results['ms']:.1f} ms "
-          f"with decoding, {results['same']:.1%} of the classes as here")
+          f"WISE: {results['prior']}; leave: share of clips, WISE\n{table(points)}\nall cost the "
+          f"same on held-out clips; WISE takes {results['ms']:.1f} ms a clip with decoding; equal: "
+          f"WISE leaving at late fusion's cost")
     if results["sweep"]:
         print(table(results["sweep"]))
     if scores["wise"] < scores["fusion"]:
         print("NOTE learned weights lose to late fusion on the test clips")
-    if results["seen"]:
-        print("NOTE no clips were held out: W and theta are fitted to clips seen in training")
     for note in data.notes():
         print(f"NOTE {note}")
     run = run_folder("wise_infer", data, args)

@@ -151,12 +151,12 @@ def bench_exits(clips=320, epochs=5):
     with tempfile.TemporaryDirectory() as folder:
         common.make_toy_folder(Path(folder) / "toys", clips, 12, pairs=True)
         for size, gb in ((32, 0), (32, 16), (64, 0), (64, 16)):
-            out = Path(folder, f"{size}-{gb}")
+            out, pkd_compressed.CACHE_GB = Path(folder, f"{size}-{gb}"), gb
             with contextlib.redirect_stdout(io.StringIO()):
                 pkd_compressed.main((
                     f"--data {folder}/toys --out {out} --networks toy toy toy --order ce "
                     f"--segments {SEGMENTS} --size {size} --epochs 1 --exit-epochs {epochs} "
-                    f"--crops 1 --holdout 0 --workers 0 --cache-gb {gb}").split())
+                    "--holdout 0 --workers 0").split())
             log = next(out.rglob("metrics.jsonl")).read_text().splitlines()
             speed = [json.loads(line)["clips_per_s"] for line in log[1:]]  # of the exits' epochs
             print(f"{size} pixels, {'cached' if gb else 'decoded'}: {spread(sorted(speed))}")

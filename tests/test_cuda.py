@@ -166,23 +166,24 @@ def test_deit_video(on_gpu, build, clips, tmp_path, name):
     on_gpu(deit_video, [], deit_video.attention, model, data.test, 4, 0)
 
 
-def test_pkd_compressed(on_gpu, build, clips, tmp_path):
+def test_pkd_compressed(on_gpu, build, clips, tmp_path, monkeypatch):
     _, data, (_, _, batches) = clips
+    monkeypatch.setattr(pkd_compressed, "CACHE_GB", 0)
     args = pkd_compressed.parse(["--segments", "2", "--batch-size", str(B), "--workers", "0",
-                                 "--epochs", "1", "--exit-epochs", "1", "--cache-gb", "0"])
+                                 "--epochs", "1", "--exit-epochs", "1"])
     streams = build(pkd_compressed.Streams, ["toy"] * 3, 12, False, None)
     exits = build(pkd_compressed.Exits, streams, args.order, 12, 0)
-    check(on_gpu(pkd_compressed, batches, pkd_compressed.train_streams, streams, data, [True] * 12,
-                 args, {}, tmp_path, []))
+    check(on_gpu(pkd_compressed, batches, pkd_compressed.train_streams, streams, data, args,
+                 tmp_path))
     check(on_gpu(pkd_compressed, batches, pkd_compressed.train_exits, streams, exits, data, [],
-                 [True] * 12, args, {}, {}, tmp_path, []))
+                 args, tmp_path))
     check(on_gpu(pkd_compressed, batches, pkd_compressed.evaluate, streams, exits, data.train, {},
                  args), len(batches))
     cascade = object.__new__(wise_infer.Cascade)
     vars(cascade).update(nets=streams.nets, heads=exits.heads["ce"], streams=("mv", "r", "i"),
                          size=32, segments={"mv": 2, "r": 2, "i": 2})
-    look = cascade.look(data.test[0][0])
-    on_gpu(wise_infer, [], cascade.run, look, torch.rand(12, 12, dtype=torch.float64), .9)
+    on_gpu(wise_infer, [], cascade.run, data.test[0][0], torch.rand(12, 12, dtype=torch.float64),
+           .9)
 
 
 # ---- mistakes that it must find
