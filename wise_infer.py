@@ -45,11 +45,10 @@ import sys
 import tempfile
 import time
 import zlib
+from importlib.metadata import version
 from pathlib import Path
 
-import av
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch.autograd.functional import jacobian
@@ -331,9 +330,9 @@ def classify(cascade, paths, weights, theta):
 
 def run_folder(script, data, args):
     """OUT/SCRIPT/DATA-sSPLIT-seedSEED-DIGEST: a run belongs to its clips and flags."""
-    other = "allow_missing", "copies", "data", "describe", "label_only", "out", "resume", "workers"
+    other = "copies", "data", "out", "resume", "workers"
     flags = {key: value for key, value in vars(args).items() if key not in other}
-    digest = zlib.crc32(json.dumps([data.digest(), flags], sort_keys=True).encode())
+    digest = zlib.crc32(f"{data.digest()} {flags}".encode())
     run = Path(args.out) / script / f"{data.name}-s{args.split}-seed{args.seed}-{digest:08x}"
     if vars(args).get("resume") and not run.exists():
         print(f"--resume: no run with these clips and flags; {run} is new", file=sys.stderr)
@@ -352,7 +351,7 @@ def table(rows):
 
 def write_record(path, args, data, results, log, began):
     """run.json: flags, versions, machine and numbers; metrics.jsonl: a row per epoch"""
-    versions = {module.__name__: module.__version__ for module in (torch, open_clip, av, np)}
+    versions = {name: version(name) for name in ("torch", "open_clip_torch", "av", "numpy")}
     record = {"flags": vars(args), "versions": versions, "machine": MACHINE, "bad": data.bad,
               "notes": data.notes(), "results": results, "seconds": time.time() - began}
     with common.renamed(path) as part:
@@ -400,17 +399,17 @@ def load(args):
     if not path.exists():
         flags = f"--data {args.data} --split {args.split} --seed {args.seed} --out {args.out}"
         raise common.BadInput(f"{path} is missing; make it with: python pkd_compressed.py {flags}")
-    saved = common.read_saved(path, "flags", "streams", "exits", "classes", "data")
+    saved = common.read_saved(path, "flags", "rows", "streams", "exits", "classes", "data")
     flags = saved["flags"]
     known = {"data", "split", "seed", "clips", "copies", "holdout", "networks", "size", "segments",
-             "order", "shots", "label_noise"}
+             "order", "exit_epochs", "shots", "label_noise"}
     if not known <= flags.keys():
         raise common.BadInput(f"{path} was written by another version, or is no such checkpoint")
     orders, saved["data"] = flags["order"], Path(saved["data"]).name
     args.split, args.seed = flags["split"], flags["seed"]
     flags["copies"] = flags["copies"] and f"{args.out}/cache/{saved['data']}-mpeg4"
     order = args.order or ("progressive" if "progressive" in orders else orders[0])
-    if "optimizer" in saved:
+    if len(saved["rows"]) < flags["exit_epochs"]:
         raise common.BadInput(f"{path} is not finished; go on with its command and --resume")
     if order not in orders:
         raise common.BadInput(f"{path} has exits of {', '.join(orders)}, none of --order {order}")

@@ -574,7 +574,7 @@ def test_a_missing_checkpoint_is_one_line_and_exit_code_two(tmp_path, monkeypatc
 
 def test_mistakes_say_what_would_be_right(trained, tmp_path):
     flags, file, saved = ("--data", trained.folder, "--out", tmp_path), tmp_path / "a.pt", None
-    for key, value, message in (("optimizer", {}, "is not finished.*--resume"),
+    for key, value, message in (("flags", {"exit_epochs": 999}, "is not finished.*--resume"),
                                 ("flags", {"order": ["ce"]}, "has exits of ce, none of --order a")):
         saved = torch.load(trained.file, weights_only=True)
         saved[key] = {**saved.get(key, {}), **value}
