@@ -1,7 +1,6 @@
 """Teach a small ActionCLIP by a large one as DeiT does, with a token of its own; and all three.
 
-Technique 3 of Frans Huntink's master thesis, "Bridging the gap: Threefold knowledge distillation
-for language-enabled action recognition models operating in real-time scenarios" (Utrecht, 2024):
+Technique 3 of Frans Huntink's master thesis, "Threefold knowledge distillation" (Utrecht, 2024):
 DeiT (Touvron et al., ICML 2021, arXiv 2012.12877) for video, on ActionCLIP (Wang, Xing, Liu 2021,
 arXiv 2109.08472). Class scores of a large ActionCLIP go into a second head of a small one.
 
@@ -143,7 +142,8 @@ class TwoHeaded(nn.Module):
 
     def __init__(self, model, arm, tasks):
         super().__init__()
-        self.model, self.arm, self.tasks = model, arm, tasks if arm.spatial else []
+        self.model, self.arm = model, arm
+        self.tasks = tasks if arm.spatial else []
         if arm.second == "linear":
             self.linear = nn.Linear(model.width, model.width)
             nn.init.eye_(self.linear.weight)
@@ -162,12 +162,13 @@ class TwoHeaded(nn.Module):
     def forward(self, video, tokens, more=None, words=None):
         """more: token ids of further texts; words: of all spatial labels -> h_token, h_frame, t
         (B, D), s, embeddings of `more`, logits (B, L_k) per task"""
-        h_token, h_frame, h = self.read(video)
-        encode, logits = self.model.encode_text, []
+        (h_token, h_frame, h), logits = self.read(video), []
+        encode, scale = self.model.encode_text, self.model.clip.logit_scale.exp()
         if words is not None:
             logits = self.heads(h, encode(words).split([len(task.labels) for task in self.tasks]))
-        t, more = encode(tokens), None if more is None else encode(more)
-        return h_token, h_frame, t, self.model.clip.logit_scale.exp(), more, logits
+        if more is not None:
+            more = encode(more)
+        return h_token, h_frame, encode(tokens), scale, more, logits
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -244,7 +245,9 @@ def token_texts(loss, z_t, prompts, draws, rng):
     """Token ids of L_token's other texts: the teacher's classes, or all under a random template"""
     if loss == "hard":
         return prompts[draws, z_t.argmax(1)]                                    # (B/W, L)
-    return prompts[rng.integers(16)] if loss == "soft" else None                # (K, L)
+    if loss == "soft":
+        return prompts[rng.integers(16)]                                        # (K, L)
+    return None
 
 
 def token_loss(loss, h_token, t, labels, texts, z_t, scale, tau):
@@ -488,9 +491,10 @@ def read_targets(data, args):
         flags += ["--allow-missing"] if args.allow_missing else []
         raise common.BadInput(f"--grid: {path} is missing; make it with: python spatial_kd.py "
                               f"--label-only {' '.join(flags)}")
-    saved = common.read_saved(path, "tasks", "labeller", "vocabulary", "frames")
-    args.targets = [saved[key] for key in ("labeller", "vocabulary", "frames")]  # for run_folder
-    return [common.Task(**task) for task in saved["tasks"]]
+    saved = common.read_saved(path, "tasks", "labeller", "frames")
+    tasks = [common.Task(**task) for task in saved["tasks"]]
+    args.targets = saved["labeller"], saved["frames"], [task[:3] for task in tasks]  # of the run
+    return tasks
 
 
 def main(argv=None):

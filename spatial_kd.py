@@ -1,7 +1,6 @@
 """Train ActionCLIP on the action and on what its frames show, as labelled by a frozen CLIP.
 
-Technique 2 of Frans Huntink's master thesis, "Bridging the gap: Threefold knowledge distillation
-for language-enabled action recognition models operating in real-time scenarios" (Utrecht, 2024), on
+Technique 2 of Frans Huntink's master thesis, "Threefold knowledge distillation" (Utrecht, 2024), on
 ActionCLIP (Wang, Xing, Liu 2021, arXiv 2109.08472). From an image CLIP into a video ActionCLIP.
 
 Fine-tuning on a few actions lets a model forget what else a frame shows. The thesis adds "spatial
@@ -15,8 +14,7 @@ exp(logit_scale); f_i: the labeller's embedding of frame i; b (L, D): of the lab
   (1) kl_pair          L_action = 1/2 [KL(G || softmax_rows(s v^ t^')) + the same of t^ v^'],
                        G = softmax_rows(10 [y_i = y_k]); KL summed over a row, mean over B
   (2) class_scores     p(k) = mean_p softmax_k(100 v^ . t^_pk), 16 sentences a class; argmax wins
-  (3) spatial_targets  q = 1/T sum_i softmax(100 f_i^ b^');  keep_labels: the 16 labels with the
-                       highest total probability over the training clips, renormalised
+  (3) spatial_targets  q = 1/T sum_i softmax(100 f_i^ b^')
   (4) spatial_loss     L_k = KL(q_k || softmax(s_k h_k(v)^ t_k^')), summed over labels, mean over
                        clips with max(q_k) >= .3; h_k: SpatialHeads in common.py
   (5) total_loss       L = L_action + lambda mean_k L_k
@@ -71,7 +69,7 @@ DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if GPU else 
 if GPU:
     torch.cuda.set_device(DEVICE)
 MACHINE = torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU"
-KEEP, FLOOR = 16, .3  # of eqs. (3), (4)
+FLOOR = .3  # of eq. (4)
 
 # ---- the method: eqs. (1)-(5) --------------------------------------------------------------------
 
@@ -96,12 +94,6 @@ def spatial_targets(frames, bank):
     """What a frozen CLIP sees, eq. (3). frames (B, T, D), bank (L, D) -> q (B, L)"""
     f, b = F.normalize(frames, dim=-1), F.normalize(bank, dim=-1)
     return (100 * f @ b.T).softmax(-1).mean(1)                                  # (B, L)        (3)
-
-
-def keep_labels(q, count):
-    """Eq. (3) for all N clips. q (N, L) -> q (N, n), and which n labels were kept"""
-    kept = q.sum(0).argsort(descending=True)[:count].sort().values              # (n,)
-    return q[:, kept] / q[:, kept].sum(1, keepdim=True).clamp(min=1e-12), kept  # (N, n)        (3)
 
 
 def spatial_loss(logits, q):
@@ -200,18 +192,15 @@ def find_targets(tasks, data, args):
         read = torch.tensor(batch.label, device=DEVICE) >= 0                    # (B,)
         for q_k, bank in zip(q, banks, strict=True):
             q_k[[i for _, i in batch.key]] = spatial_targets(f, bank) * read[:, None]
-    out = []
-    for task, q_k in zip(tasks, q, strict=True):
-        if dist.is_initialized():
+    if dist.is_initialized():
+        for q_k in q:
             dist.all_reduce(q_k)  # each process has labelled its own clips
-        q_k, kept = keep_labels(q_k.cpu(), KEEP)
-        out.append(task._replace(labels=[task.labels[k] for k in kept], q=q_k.half()))
+    tasks = [task._replace(q=q_k.cpu().half()) for task, q_k in zip(tasks, q, strict=True)]
     if RANK == 0:
-        common.save({"frames": args.frames, "labeller": args.labeller,
-                     "vocabulary": [list(task[:3]) for task in tasks],
-                     "tasks": [task._asdict() for task in out]},
+        about = {"labeller": args.labeller, "frames": args.frames}
+        common.save({**about, "tasks": [task._asdict() for task in tasks]},
                     cache / f"{data.name}-{data.digest():08x}-targets.pt")
-    return out
+    return tasks
 
 
 def tasks_of(arm, tasks, vocabulary, truths, seed):
@@ -390,11 +379,13 @@ def evaluate(student, data, args):
         pixels = common.centre_crop(batch.video, model.size, DEVICE)
         with autocast():
             v = model.encode_video(pixels).float()                              # (B, D)
-        scores = [class_scores(v, text), *(student.heads(v, banks) if banks else [])]
-        words = []
+        scores, words = [class_scores(v, text)], []                             # (B, K)
+        if banks:
+            scores += student.heads(v, banks)                                   # (B, L_k) each
         for task, z in zip(tasks, scores, strict=True):
             words.append([task.labels[k] for k in z.argmax(1).tolist()])
-        said |= dict(zip([i for _, i in batch.key], zip(*words, strict=True), strict=True))
+        for (_, i), *own in zip(batch.key, *words, strict=True):
+            said[i] = own
     counts = torch.zeros(2, len(tasks))  # right, known
     for i, words in said.items():
         path, k = data.test[i]

@@ -69,12 +69,6 @@ def test_targets_are_a_mean_of_softmaxes_over_frames_in_any_order():
     torch.testing.assert_close(spatial_targets(7 * frames[:, [2, 0, 3, 1]], .1 * bank), q)
 
 
-def test_labels_of_most_mass_over_all_clips_are_kept_and_renormalised():
-    q, kept = spatial_kd.keep_labels(torch.tensor([[.1, .6, .3], [.1, 0, .9], [0, 0, 0]]), 2)
-    assert kept.tolist() == [1, 2]
-    torch.testing.assert_close(q, torch.tensor([[2 / 3, 1 / 3], [0, 1], [0, 0]]))
-
-
 def test_spatial_loss_and_its_gradient_in_closed_form():
     """Of five clips the second is below the floor and the fourth has no targets."""
     z, q = draw(5, 4).requires_grad_(), draw(5, 4, seed=1).mul(2).softmax(1)
