@@ -37,12 +37,12 @@ The plain command printed (2 cores of an x86_64 CPU, torch 2.15.0):
 RESULT deit_video data=toy split=1 seed=0 teacher=0.9767 one-head=0.9300 gt=0.8533 soft=0.8400
   seconds=96
 
-Differs from the thesis, of which the abstract was at hand: eqs. (3), (6)-(8) are our reading, with
-the residual mean_i f_i, without which the token starts far from the texts. From DeiT: alpha .5 and
-tau 1 are its code's (its paper's soft variant: weight .1, tau 3); its code divides the soft loss by
-B K; hard is an in-batch loss, not cross entropy over K; no linear classifiers; (8) is, up to its
-length, the mean of both heads' logits. soft_loss takes texts under one template a step. Spatial
-heads read (8). Eq. (1) is trained as in tinyclip_swap.py, with the same differences.
+Differs from the thesis, of which the abstract was at hand: eqs. (3), (6)-(8) are our reading;
+without the residual mean_i f_i the token starts far from the texts. From DeiT: alpha .5 and tau 1
+are its code's (its paper's soft variant: weight .1, tau 3); its code divides the soft loss by B K;
+hard is an in-batch loss, not cross entropy over K; no linear classifiers; (8) is, up to its length,
+the mean of both heads' logits. soft_loss takes texts under one template a step. Spatial heads read
+(8). Eq. (1) is trained as in tinyclip_swap.py, with the same differences.
 """
 import argparse
 import datetime
@@ -432,8 +432,7 @@ def parse(argv=None):
     add("--teacher", default="toy-large", help="NAME[:WEIGHTS] of its backbone; trained first")
     add("--teacher-checkpoint", metavar="FILE", help="a teacher that is trained: an ActionCLIP")
     add("--student", default="toy-small", help="NAME[:WEIGHTS] of its backbone")
-    add("--arms", nargs="+", choices=ARMS, default=["one-head", "gt", "soft"],
-        help="what is trained beside the teacher")
+    add("--arms", nargs="+", choices=ARMS, default=["one-head", "gt", "soft"], help="students")
     add("--grid", nargs="?", const="gt", choices=("gt", "hard", "soft"), help="instead: the three "
         "techniques one by one, and together; two heads by this loss, alone: gt")
     add("--alpha", type=float, default=.5, help="of eq. (7)")
@@ -552,7 +551,7 @@ def report(students, results, tests, args, log, run, began):
         results[name] |= cost(student.eval().model, args.frames)
         scores += [f"{name}{group}={results[name]['top1' + group]:.4f}" for group in tests]
         if student.arm.second != "frame":
-            dots[name] = list(enumerate(map(results[name].get, heads)))
+            dots[name] = [(n, results[name][head]) for n, head in enumerate(heads)]
     print(f"{table(list(results.values()))}\nframe, token, mean: top-1 of each read-out; M: "
           f"million parameters without the word table; GMAC, ms: of a clip, texts cached.\n"
           f"{len(data.test)} test clips; chance 1/{len(data.classes)}")

@@ -112,10 +112,9 @@ def total_loss(action, spatial, weight):
 
 VOCABULARY = [  # change it to what your clips show
     common.Task("scene", re.split(r",\s+", """a kitchen, a living room, a bedroom, a bathroom,
-        an office, a classroom, a corridor, a staircase, a gym, a swimming pool, a stage, a shop,
-        a restaurant, a church, a workshop, a car, a street, a road, a garden, a park, a forest,
-        a field, a beach, the sea, a river, a mountain, snow, a stadium, a sports hall"""),
-                ["a photo taken in {}", "the scene is {}"]),
+        an office, a staircase, a gym, a swimming pool, a stage, a shop, a restaurant, a car,
+        a street, a road, a garden, a forest, a field, a beach, the sea, a river, a mountain, snow,
+        a stadium, a sports hall"""), ["a photo taken in {}", "the scene is {}"]),
     common.Task("environment", ["indoors", "outdoors"], ["a photo taken {}", "a scene {}"]),
     common.Task("people", ["nobody", "one person", "two people", "a group"],
                 ["a photo of {}", "{} in the picture"]),
@@ -124,10 +123,9 @@ VOCABULARY = [  # change it to what your clips show
     common.Task("viewpoint", ["front", "back", "left", "right"],
                 ["a photo of a person seen from the {}", "a person filmed from the {}"]),
     common.Task("objects", re.split(r",\s+", """a ball, a bat, a racket, a goal, a bow, a sword,
-        a gun, a rope, a ladder, a bicycle, a motorcycle, a car, a horse, a dog, a boat,
-        a skateboard, skis, a guitar, a piano, a drum, a microphone, a telephone, a computer,
-        a book, a brush, a cup, a bottle, food, a cigarette, a chair, a table, a bed, a door"""),
-                ["a photo of {}", "{} in the picture"])]
+        a gun, a rope, a ladder, a bicycle, a motorcycle, a horse, a dog, a boat, a skateboard,
+        a guitar, a piano, a drum, a microphone, a telephone, a computer, a book, a brush, a cup,
+        a bottle, food, a chair, a table, a door"""), ["a photo of {}", "{} in the picture"])]
 PLACES = "top left", "top right", "bottom left", "bottom right"
 ARMS = "alone", "spatial", "shuffled", "oracle"
 

@@ -335,21 +335,21 @@ def write_record(path, args, data, results, log, began):
 
 
 # ---- live: --watch. If you only care about the swap, skip to parse() -----------------------------
-# A stream needs a label after every frame. A new one costs one image pass and one fusion, since the
-# embeddings of the last T frames are kept.
 
 STALL = 10  # seconds without a frame that end the stream
 
 
 @torch.no_grad()
 def stream_step(model, ring, frame, text):
-    """ring: deque of the last T frame embeddings, oldest first, which takes in that of `frame`,
-    uint8 (3, H, W); until T frames have arrived, the first one is repeated. text (16, K, D)
-    -> probabilities (K,)"""
+    """A new frame, uint8 (3, H, W), costs one image pass and one fusion, since `ring`, a deque,
+    keeps the embeddings of the last T, oldest first; until there are T, the first is repeated.
+    text (16, K, D) -> probabilities (K,)"""
     pixels = common.centre_crop([frame[None]], model.size, DEVICE)              # (1, 1, 3, S, S)
     with autocast():
         f = model.encode_frames(pixels)[:, 0]                                   # (1, D)
-        ring.extend([f] * (1 if ring else ring.maxlen))
+        ring.append(f)
+        while len(ring) < ring.maxlen:
+            ring.append(f)
         v = model.fusion(torch.stack(tuple(ring), 1)).float()                   # (1, D)
     return class_scores(v, text)[0]
 
@@ -439,8 +439,7 @@ def parse(argv=None):
     add("--batch-size", type=int, default=32, help="of all processes together")
     add("--lr", type=float, default=5e-6, help="of CLIP's towers, as ActionCLIP; 4e-4 for toys")
     add("--compile", action="store_true", help="torch.compile the networks")
-    add("--watch", metavar="SOURCE", help="live: a file, an address, - (standard input), a camera "
-        "(/dev/video0, avfoundation:0, dshow:video=NAME)")
+    add("--watch", metavar="SOURCE", help="live: a file, an address, - (standard input), a camera")
     add("--labels", default="", help='of --watch, in any words: "waving, running, a dog jumping"')
     add("--fps", type=float, default=4., help="frames sampled per second of --watch")
     add("--no-drop", action="store_true", help="wait for each frame, at whatever speed")
