@@ -1476,24 +1476,21 @@ def build_action_clip(spec, fusion_layers=6, cache="runs/cache", token=False, ch
 
 class Task(NamedTuple):
     """Something else to be said of a clip than its action: L labels, the sentences they are put
-    into, may several be true at once, and q (N, L), how likely each is in N clips."""
+    into, and q (N, L), how likely each is in N clips."""
     name: str
     labels: list
     templates: list = ("a photo of {}",)
-    multi_label: bool = False
     q: torch.Tensor = None
 
 
 class SpatialHeads(nn.Module):
     """A head h_k per task on the video vector: logits s_k h_k(v)^ t_k^', eq. (4) of spatial_kd.py;
-    starts as the identity, with the model's scale. Where several labels may be true, the mean
-    cosine is the zero of the sigmoid, since CLIP's cosines are all positive."""
+    starts as the identity, with the model's scale."""
 
     def __init__(self, D, tasks, scale):
         super().__init__()
         self.heads = nn.ModuleList(nn.Linear(D, D) for _ in tasks)
         self.log_scale = nn.Parameter(torch.full((len(tasks),), math.log(scale)))
-        self.multi_label = [task.multi_label for task in tasks]
         for head in self.heads:
             nn.init.eye_(head.weight)
             nn.init.zeros_(head.bias)
@@ -1505,8 +1502,7 @@ class SpatialHeads(nn.Module):
             for k, text in enumerate(texts):
                 h = F.normalize(self.heads[k](v.float()), dim=-1)
                 cosine = h @ F.normalize(text.float(), dim=-1).T                # (B, L_k)
-                mean = cosine.mean(1, keepdim=True) if self.multi_label[k] else 0
-                out.append(self.log_scale[k].exp() * (cosine - mean))
+                out.append(self.log_scale[k].exp() * cosine)
         return out
 
 

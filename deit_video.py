@@ -1,7 +1,6 @@
 """Teach a small ActionCLIP by a large one as DeiT does, with a token of its own; and all three.
 
-Technique 3 of Frans Huntink's master thesis, "Bridging the gap: Threefold knowledge distillation
-for language-enabled action recognition models operating in real-time scenarios" (Utrecht, 2024):
+Technique 3 of Frans Huntink's master thesis, "Threefold knowledge distillation" (Utrecht, 2024):
 DeiT (Touvron et al., ICML 2021, arXiv 2012.12877) for video, on ActionCLIP (Wang, Xing, Liu 2021,
 arXiv 2109.08472). Class scores of a large ActionCLIP go into a second head of a small one.
 
@@ -38,15 +37,14 @@ The plain command printed (2 cores of an x86_64 CPU, torch 2.15.0):
 RESULT deit_video data=toy split=1 seed=0 teacher=0.9767 one-head=0.9300 gt=0.8533 soft=0.8400
   seconds=96
 
-Differs from the thesis, of which the abstract was at hand: eqs. (3), (6)-(8) are our reading, with
-the residual mean_i f_i, without which the token starts far from the texts. From DeiT: alpha .5 and
-tau 1 are its code's (its paper's soft variant: weight .1, tau 3); its code divides the soft loss by
-B K; hard is an in-batch loss, not cross entropy over K; no linear classifiers; (8) is, up to its
-length, the mean of both heads' logits. soft_loss takes texts under one template a step. Spatial
-heads read (8). Eq. (1) is trained as in tinyclip_swap.py, with the same differences.
+Differs from the thesis, of which the abstract was at hand: eqs. (3), (6)-(8) are our reading;
+without the residual mean_i f_i the token starts far from the texts. From DeiT: alpha .5 and tau 1
+are its code's (its paper's soft variant: weight .1, tau 3); its code divides the soft loss by B K;
+hard is an in-batch loss, not cross entropy over K; no linear classifiers; (8) is, up to its length,
+the mean of both heads' logits. soft_loss takes texts under one template a step. Spatial heads read
+(8). Eq. (1) is trained as in tinyclip_swap.py, with the same differences.
 """
 import argparse
-import collections
 import datetime
 import functools
 import json
@@ -57,12 +55,11 @@ import sys
 import time
 import timeit
 import zlib
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-import av
 import numpy as np
-import open_clip
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -78,7 +75,7 @@ DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if GPU else 
 if GPU:
     torch.cuda.set_device(DEVICE)
 MACHINE = torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU"
-FLOOR, THRESHOLD = .3, .2  # of eq. (4)
+FLOOR = .3  # of eq. (4)
 
 # ---- the method: eqs. (1), (2), (4)-(7) ----------------------------------------------------------
 
@@ -111,12 +108,9 @@ def deit_loss(frame, token, alpha):
     return (1 - alpha) * frame + alpha * token                                  # ()            (7)
 
 
-def spatial_loss(logits, q, multi_label=False):
+def spatial_loss(logits, q):
     """One objective, eq. (4). logits, q (B, L); q is 0 for clips without targets -> scalar"""
     each = F.kl_div(logits.log_softmax(1), q, reduction="none").sum(1)          # (B,)
-    if multi_label:
-        there = (q > THRESHOLD).to(logits)                                      # (B, L)
-        each = F.binary_cross_entropy_with_logits(logits, there, reduction="none").mean(1)
     sure = q.amax(1) >= FLOOR                                                   # (B,)
     return (sure * each).sum() / sure.sum().clamp(min=1)                        # ()            (4)
 
@@ -131,21 +125,16 @@ def total_loss(action, spatial, weight):
 
 class Arm(NamedTuple):
     """loss: of eq. (6), None: h_frame alone. second: what it trains, the `token`'s read-out, a
-    `linear` layer on h_frame, or the `frame` read-out itself. swap: small backbone. spatial: with
-    technique 2's objectives."""
+    `linear` layer on h_frame, or the `frame` read-out itself. spatial: technique 2's objectives"""
     loss: str | None
     second: str = "token"
-    swap: bool = True
     spatial: bool = False
 
 
-TEACHER = Arm(None, "frame", swap=False)
-ARMS = {"one-head": Arm(None, "frame"), "gt": Arm("gt"), "hard": Arm("hard"), "soft": Arm("soft"),
+ONE_HEAD = Arm(None, "frame")
+ARMS = {"one-head": ONE_HEAD, "gt": Arm("gt"), "hard": Arm("hard"), "soft": Arm("soft"),
         "two-frame-heads": Arm("gt", "linear"), "teacher-on-frame": Arm("soft", "frame"),
         "teacher-on-linear": Arm("soft", "linear")}
-GRID = {"base": TEACHER, "+swap": Arm(None, "frame"),
-        "+swap+spatial": Arm(None, "frame", spatial=True), "+swap+two-heads": Arm("gt"),
-        "all-three": Arm("gt", spatial=True)}  # --grid names the loss in place of gt
 
 
 class TwoHeaded(nn.Module):
@@ -153,7 +142,8 @@ class TwoHeaded(nn.Module):
 
     def __init__(self, model, arm, tasks):
         super().__init__()
-        self.model, self.arm, self.tasks = model, arm, tasks if arm.spatial else []
+        self.model, self.arm = model, arm
+        self.tasks = tasks if arm.spatial else []
         if arm.second == "linear":
             self.linear = nn.Linear(model.width, model.width)
             nn.init.eye_(self.linear.weight)
@@ -172,18 +162,13 @@ class TwoHeaded(nn.Module):
     def forward(self, video, tokens, more=None, words=None):
         """more: token ids of further texts; words: of all spatial labels -> h_token, h_frame, t
         (B, D), s, embeddings of `more`, logits (B, L_k) per task"""
-        h_token, h_frame, h = self.read(video)
-        encode, logits = self.model.encode_text, []
+        (h_token, h_frame, h), logits = self.read(video), []
+        encode, scale = self.model.encode_text, self.model.clip.logit_scale.exp()
         if words is not None:
             logits = self.heads(h, encode(words).split([len(task.labels) for task in self.tasks]))
-        t, more = encode(tokens), None if more is None else encode(more)
-        return h_token, h_frame, t, self.model.clip.logit_scale.exp(), more, logits
-
-    @torch.no_grad()
-    def clamp_scales(self):
-        self.model.clip.logit_scale.clamp_(max=math.log(100))
-        if self.heads:
-            self.heads.log_scale.clamp_(max=math.log(100))
+        if more is not None:
+            more = encode(more)
+        return h_token, h_frame, encode(tokens), scale, more, logits
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -197,34 +182,31 @@ def gather(x):
         return x
     parts = [torch.empty_like(x) for _ in range(WORLD)]
     dist.all_gather(parts, x.detach().contiguous())
-    parts[RANK] = own = x.view_as(x)  # gradients reach this process's own part, ...
-    if x.requires_grad:  # own: other uses of x keep their gradients
-        own.register_hook(lambda gradient: WORLD * gradient)  # ... and DDP divides them by W
+    # gradients reach this process's own part, W times, since DDP divides by W
+    parts[RANK] = x + (WORLD - 1) * (x - x.detach())
     return torch.cat(parts)
 
 
 def make_optimizer(model, lr, steps):
     """AdamW as in ActionCLIP: CLIP's towers at lr, newly initialised layers at 10 lr; linear
     warm-up, then cosine to 0. No decay on norms, biases, embeddings and scales."""
-    groups = collections.defaultdict(list)
+    found, warm = {}, max(1, steps // 10)
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             decay = .2 if weight.ndim > 1 and "embedding" not in name else 0.
-            groups[lr if "clip." in name else 10 * lr, decay].append(weight)
-    optimizer = torch.optim.AdamW([{"params": weights, "lr": rate, "weight_decay": decay}
-                                   for (rate, decay), weights in groups.items()],
-                                  betas=(.9, .98), fused=True)
-    warm = max(1, steps // 10)
-    return optimizer, SequentialLR(optimizer, [
-        LinearLR(optimizer, 1 / warm, total_iters=warm),
-        CosineAnnealingLR(optimizer, max(1, steps - warm))], [warm])
+            found.setdefault((lr if "clip." in name else 10 * lr, decay), []).append(weight)
+    groups = [{"params": own, "lr": rate, "weight_decay": wd} for (rate, wd), own in found.items()]
+    optimizer = torch.optim.AdamW(groups, betas=(.9, .98), fused=True)
+    parts = [LinearLR(optimizer, 1 / warm, total_iters=warm),
+             CosineAnnealingLR(optimizer, max(1, steps - warm))]
+    return optimizer, SequentialLR(optimizer, parts, [warm])
 
 
 def run_folder(script, data, args):
     """OUT/SCRIPT/DATA-sSPLIT-seedSEED-DIGEST: a run belongs to its clips and flags."""
-    other = "allow_missing", "copies", "data", "describe", "label_only", "out", "resume", "workers"
+    other = "copies", "data", "out", "resume", "workers"
     flags = {key: value for key, value in vars(args).items() if key not in other}
-    digest = zlib.crc32(json.dumps([data.digest(), flags], sort_keys=True).encode())
+    digest = zlib.crc32(f"{data.digest()} {flags}".encode())
     run = Path(args.out) / script / f"{data.name}-s{args.split}-seed{args.seed}-{digest:08x}"
     if vars(args).get("resume") and not run.exists():
         print(f"--resume: no run with these clips and flags; {run} is new", file=sys.stderr)
@@ -232,9 +214,9 @@ def run_folder(script, data, args):
     return run
 
 
-def keep(row, rows, epochs, path, flags, about, parts):
-    """Log the row of an epoch; write the state of `parts`, {name: module or optimizer}, to `path`:
-    a kill leaves the old checkpoint or the new one."""
+def keep(row, rows, epochs, path, about, parts):
+    """Log the row of an epoch; write the state of `parts`, {name: module or optimizer}, to `path`,
+    from which --resume goes on: a kill leaves the old checkpoint or the new one."""
     rows.append(row)
     if len(rows) == epochs:  # finished: no optimizer
         parts = {name: part for name, part in parts.items() if hasattr(part, "parameters")}
@@ -242,7 +224,7 @@ def keep(row, rows, epochs, path, flags, about, parts):
         cells = [f"{k} {x:.4f}" if isinstance(x, float) else f"{k} {x}" for k, x in row.items()]
         print("  ".join(cells), flush=True)
         state = {name: part.state_dict() for name, part in parts.items()}
-        common.save({**about, **state, "rows": rows, "flags": flags}, path)
+        common.save({**about, **state, "rows": rows}, path)
 
 
 def resume(path, parts):
@@ -266,7 +248,9 @@ def token_texts(loss, z_t, prompts, draws, rng):
     """Token ids of L_token's other texts: the teacher's classes, or all under a random template"""
     if loss == "hard":
         return prompts[draws, z_t.argmax(1)]                                    # (B/W, L)
-    return prompts[rng.integers(16)] if loss == "soft" else None                # (K, L)
+    if loss == "soft":
+        return prompts[rng.integers(16)]                                        # (K, L)
+    return None
 
 
 def token_loss(loss, h_token, t, labels, texts, z_t, scale, tau):
@@ -291,14 +275,14 @@ def train(name, student, teacher, data, mirror, args, run, log):
     parts = {"model_state_dict": model.clip, "fusion_model_state_dict": model.fusion,
              "optimizer": optimizer, "schedule": schedule}
     parts |= {key: part for key, part in student.named_children() if key != "model"}
-    path, flags = run / f"{name}-last.pt", {"clips": data.digest(), **vars(args)}
+    path = run / f"{name}-last.pt"
     rows = resume(path, parts) if args.resume and path.exists() else []
     wrapped = nn.parallel.DistributedDataParallel(student) if WORLD > 1 else student
     prompts = model.prompts(data.classes)                                       # (16, K, L)
     text_t = teacher.embed_classes(data.classes) if taught else None            # (16, K, D_T)
     words = [model.prompts(task.labels, task.templates) for task in tasks]      # (P, L_k, L) each
     q = [task.q.float().to(DEVICE) for task in tasks]                           # (N, L_k) each
-
+    scales = [w for name, w in student.named_parameters() if name.endswith("_scale")]
     for epoch, batches in loader.epochs(len(rows), args.epochs):
         began, terms = time.time(), []
         student.train()
@@ -323,21 +307,22 @@ def train(name, student, teacher, data, mirror, args, run, log):
             token = token_loss(loss, h_token, t, labels, texts, z_t, scale, args.tau)
             total = deit_loss(frame, token, args.alpha if loss else 0.)
             spatial = []
-            for z, q_k, task in zip(logits, q, tasks, strict=True):
-                spatial.append(spatial_loss(gather(z), q_k[index], task.multi_label))
+            for z, q_k in zip(logits, q, strict=True):
+                spatial.append(spatial_loss(gather(z), q_k[index]))
             total_loss(total, spatial, args.weight).backward()
             nn.utils.clip_grad_norm_(student.parameters(), 1.)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            student.clamp_scales()
+            for weight in scales:
+                weight.data.clamp_(max=math.log(100))
             cosine = F.cosine_similarity(h_token, h_frame).mean()
             terms.append(torch.stack([frame, token, cosine, *spatial]).detach())
         row = {"arm": name, "epoch": epoch + 1}
         names = ["frame", "token", "cosine", *(task.name for task in tasks)]
         row.update(zip(names, loader.mean(terms, epoch), strict=True))
         row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
-        keep(row, rows, args.epochs, path, flags, model.about(args.frames), parts)
+        keep(row, rows, args.epochs, path, model.about(args.frames), parts)
     log += rows
 
 
@@ -346,37 +331,30 @@ def train(name, student, teacher, data, mirror, args, run, log):
 
 @torch.no_grad()
 def evaluate(student, data, args):
-    """Test on every clip by each read-out. -> {frame, token, mean (eq. 8): top-1; cosine of the two
-    vectors}, {index: class said by the deployed one} of this process's clips"""
-    model, said, two = student.eval().model, {}, student.arm.second != "frame"
+    """Test on every clip by each read-out. -> top-1 of the deployed one; by h_frame, h_token and
+    their mean, eq. (8), nan where there is one head"""
+    model, hits = student.eval().model, torch.zeros(3, device=DEVICE)
     text = model.embed_classes(data.classes)                                    # (16, K, D)
-    hits = torch.zeros(4, device=DEVICE)
     clips = common.Clips(data.test, args.frames, model.side)
     loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
     for batch in tqdm(loader, "test", leave=False, disable=None):
         pixels = common.centre_crop(batch.video, model.size, DEVICE)
         with autocast():
-            h_token, h_frame, h = (x.float() for x in student.read(pixels))     # (B, D)
+            vectors = student.read(pixels)                                      # (B, D) each
         labels = torch.tensor(batch.label, device=DEVICE)
-        for at, vector in enumerate((h_frame, h_token, h)):
-            top = class_scores(vector, text).argmax(1)                          # (B,)
-            hits[at] += (top == labels).sum()
-        hits[3] += F.cosine_similarity(h_token, h_frame).sum()
-        said |= dict(zip([i for _, i in batch.key], top.tolist(), strict=True))
+        for n, vector in enumerate(vectors):
+            hits[n] += (class_scores(vector.float(), text).argmax(1) == labels).sum()
     if WORLD > 1:
         dist.all_reduce(hits)
-    if not two:
-        hits[1:] = math.nan
-    frame, token, mean, cosine = (hits / len(clips)).tolist()
-    return {"top1": mean if two else frame, "frame": frame, "token": token, "mean": mean,
-            "cosine": cosine}, said
+    token, frame, mean = (hits / len(clips)).tolist()
+    if student.arm.second == "frame":
+        return {"top1": frame, "frame": frame, "token": math.nan, "mean": math.nan}
+    return {"top1": mean, "frame": frame, "token": token, "mean": mean}
 
 
 def milliseconds(function):
     """Median time of a call whose result comes to the CPU, so that a GPU has finished"""
-    for _ in range(3):
-        function()
-    return 1e3 * float(np.median(timeit.repeat(function, repeat=20, number=1)))
+    return 1e3 * float(np.median(timeit.repeat(function, repeat=23, number=1)[3:]))  # 3: warm-up
 
 
 def table(rows):
@@ -390,7 +368,7 @@ def table(rows):
 
 def write_record(path, args, data, results, log, began):
     """run.json: flags, versions, machine and numbers; metrics.jsonl: a row per epoch"""
-    versions = {module.__name__: module.__version__ for module in (torch, open_clip, av, np)}
+    versions = {name: version(name) for name in ("torch", "open_clip_torch", "av", "numpy")}
     record = {"flags": vars(args), "versions": versions, "machine": MACHINE, "bad": data.bad,
               "notes": data.notes(), "results": results, "seconds": time.time() - began}
     with common.renamed(path) as part:
@@ -410,17 +388,35 @@ def cost(model, T):
 
 
 @torch.no_grad()
-def attention(model, clips, T, i):
-    """How much the token attends to each frame of clip i, mean over layers and heads -> (T,)"""
-    video = common.centre_crop([common.Clips(clips, T, model.side)[0, i].video], model.size, DEVICE)
-    x = model.fusion.sequence(model.encode_frames(video))
-    weights = []
+def attention(model, pixels):
+    """How much the token attends to each frame of a clip (1, T, 3, S, S), mean over layers and
+    heads -> (T,)"""
+    x, weights = model.fusion.sequence(model.encode_frames(pixels)), []
     for block in model.fusion.transformer.resblocks:
         n = block.ln_1(x)
         weights.append(block.attn(n, n, n)[1][0, 0, 1:])
         x = block(x)
     looks = torch.stack(weights).mean(0)
-    return (looks / looks.sum()).tolist()
+    return looks / looks.sum()
+
+
+@torch.no_grad()
+def draw_attention(name, model, data, T, path):
+    """A picture of eight test clips: what an arm says, and how much its token attends to frames"""
+    clips, texts = common.Clips(data.test, T, model.side), {}
+    text = model.embed_classes(data.classes)                                    # (16, K, D)
+    for i in range(0, len(clips), max(1, len(clips) // 8))[:8]:
+        pixels = common.centre_crop([clips[0, i].video], model.size, DEVICE)
+        truth = data.classes[data.test[i][1]]
+        said = data.classes[class_scores(model.encode_video(pixels), text).argmax()]
+        texts[i] = [(0, 0, f"truth: {truth}", "black"),
+                    (40, 0, f"{name} says {said}", "green" if said == truth else "red")]
+        for t, share in enumerate(attention(model, pixels).tolist()):
+            texts[i].append((10 * t, 1, f"{share:.3f}", "black"))
+    texts[0] += [
+        (0, -3, f"{data.name}, arm {name}. Green: right, red: wrong. Numbers: token's", "black"),
+        (0, -2, f"attention to a frame, mean over layers, heads; uniform {1 / T:.3f}", "black")]
+    common.contact_sheet(data.test, texts, T, path)
 
 
 # ---- flags and main ------------------------------------------------------------------------------
@@ -440,8 +436,7 @@ def parse(argv=None):
     add("--teacher", default="toy-large", help="NAME[:WEIGHTS] of its backbone; trained first")
     add("--teacher-checkpoint", metavar="FILE", help="a teacher that is trained: an ActionCLIP")
     add("--student", default="toy-small", help="NAME[:WEIGHTS] of its backbone")
-    add("--arms", nargs="+", choices=ARMS, default=["one-head", "gt", "soft"],
-        help="what is trained beside the teacher")
+    add("--arms", nargs="+", choices=ARMS, default=["one-head", "gt", "soft"], help="students")
     add("--grid", nargs="?", const="gt", choices=("gt", "hard", "soft"), help="instead: the three "
         "techniques one by one, and together; two heads by this loss, alone: gt")
     add("--alpha", type=float, default=.5, help="of eq. (7)")
@@ -462,23 +457,25 @@ def parse(argv=None):
     if args.student.startswith("toy-"):
         parser.set_defaults(lr=4e-4)
     args = parser.parse_args(argv)
-    if min(args.epochs, args.batch_size) < 1 or args.workers < 0:
-        parser.error("--epochs, --batch-size take 1 or more, --workers 0 or more")
-    if not (0 <= args.seed < 2 ** 63 and args.shots >= 0 and 0 <= args.label_noise <= 1):
-        parser.error("--seed, --shots take 0 or more, --label-noise 0 to 1")
-    if not (1 <= args.frames <= 77 and 0 < args.lr < math.inf):
-        parser.error("--frames takes 1 to 77, --lr more than 0")
-    if not (0 <= args.alpha <= 1 and 0 < args.tau < math.inf and 0 <= args.weight < math.inf):
-        parser.error("--alpha takes 0 to 1, --tau more than 0, --lambda 0 or more")
+    if min(args.epochs, args.batch_size, args.frames) < 1 or args.frames > 77:
+        parser.error("--epochs, --batch-size take 1 or more, --frames 1 to 77")
+    if min(args.seed, args.shots, args.workers) < 0 or not 0 <= args.label_noise <= 1:
+        parser.error("--seed, --shots, --workers take 0 or more, --label-noise 0 to 1")
+    if not (0 < args.lr < math.inf and 0 < args.tau < math.inf and 0 <= args.weight < math.inf):
+        parser.error("--lr, --tau take more than 0, --lambda 0 or more")
+    if not 0 <= args.alpha <= 1:
+        parser.error("--alpha takes 0 to 1")
     return args
 
 
 def build(name, arm, tasks, args, cache):
     """-> the TwoHeaded network of an arm"""
     torch.manual_seed(args.seed)  # the arms do not depend on each other
-    file = args.teacher_checkpoint if name in ("teacher", "base") else None
-    model = common.build_action_clip(args.student if arm.swap else args.teacher, cache=cache,
-                                     token=arm.second == "token", checkpoint=file)
+    spec, file = args.student, None
+    if name in ("teacher", "base"):
+        spec, file = args.teacher, args.teacher_checkpoint
+    model = common.build_action_clip(spec, cache=cache, token=arm.second == "token",
+                                     checkpoint=file)
     if file and model.frames not in (None, args.frames):
         raise common.BadInput(f"--teacher-checkpoint {file} has {model.frames} frames, and the "
                               f"student sees the same: say --frames {model.frames}")
@@ -492,14 +489,15 @@ def read_targets(data, args):
     """The tasks that spatial_kd.py has labelled these clips for. Raises BadInput."""
     path = Path(args.out) / "cache" / f"{data.name}-{data.digest():08x}-targets.pt"
     if not path.exists():
-        missing = " --allow-missing" if args.allow_missing else ""
-        raise common.BadInput(
-            f"--grid: {path} is missing; make it with: python spatial_kd.py --label-only --data "
-            f"{args.data} --split {args.split} --seed {args.seed} --frames {args.frames} --unseen "
-            f"{args.unseen} --shots {args.shots} --out {args.out}{missing}")
-    saved = common.read_saved(path, "tasks", "labeller", "vocabulary", "frames")
-    args.targets = [saved[key] for key in ("labeller", "vocabulary", "frames")]  # for run_folder
-    return [common.Task(**task) for task in saved["tasks"]]
+        keys = "data", "split", "seed", "frames", "unseen", "shots", "out"
+        flags = [f"--{key} {vars(args)[key]}" for key in keys]
+        flags += ["--allow-missing"] if args.allow_missing else []
+        raise common.BadInput(f"--grid: {path} is missing; make it with: python spatial_kd.py "
+                              f"--label-only {' '.join(flags)}")
+    saved = common.read_saved(path, "tasks", "labeller", "frames")
+    tasks = [common.Task(**task) for task in saved["tasks"]]
+    args.targets = saved["labeller"], saved["frames"], [task[:3] for task in tasks]  # of the run
+    return tasks
 
 
 def main(argv=None):
@@ -516,10 +514,12 @@ def main(argv=None):
     data = common.read_data(args.data, args.split, args.allow_missing, cache, toys)
     tests = common.split_unseen(data, args.unseen, args.seed)
     data, tasks = common.few_shot(tests[""], args.shots, args.seed), []
-    arms = {"teacher": TEACHER, **{name: ARMS[name] for name in args.arms}}
+    arms = {"teacher": ONE_HEAD, **{name: ARMS[name] for name in args.arms}}
     if args.grid:
         tasks = read_targets(data, args)
-        arms = {k: arm._replace(loss=arm.loss and args.grid) for k, arm in GRID.items()}
+        arms = {"base": ONE_HEAD, "+swap": ONE_HEAD,
+                "+swap+spatial": Arm(None, "frame", spatial=True),
+                "+swap+two-heads": Arm(args.grid), "all-three": Arm(args.grid, spatial=True)}
     data = tests[""] = common.noisy_labels(data, args.label_noise, args.seed)
     students = {name: build(name, arm, tasks, args, cache) for name, arm in arms.items()}
     flips = all(all(common.mirrors(task.labels)) for task in tasks)
@@ -529,39 +529,37 @@ def main(argv=None):
         print(f"{data}; {WORLD} process(es), {MACHINE}", flush=True)
 
     first, *_ = arms  # the teacher, or the base of the grid
-    teacher, results, answers, log = students[first].model, {}, {}, []
+    teacher, results, log = students[first].model, {}, []
     for name, student in students.items():
         if name != first or not args.teacher_checkpoint:
             train(name, student, teacher, data, mirror, args, run, log)
-        results[name] = {"arm": name, "backbone": student.model.name, "loss": student.arm.loss}
+        results[name] = {"arm": name, "backbone": student.model.name}
         for group, part in tests.items():
-            numbers, said = evaluate(student, part, args)
-            if not group:
-                answers[name] = said
-                same = [answers[first][i] == k for i, k in said.items()]
-                results[name] |= {**numbers, "agree": sum(same) / len(same)}
+            numbers = evaluate(student, part, args)
             results[name][f"top1{group}"] = numbers["top1"]
+            if not group:
+                results[name] |= numbers
         if name == first:
             teacher.eval().requires_grad_(False)  # frozen: used as the teacher from here on
     if WORLD > 1:
         dist.destroy_process_group()
     if RANK == 0:
-        report(students, results, answers, tests, args, log, run, began)
+        report(students, results, tests, args, log, run, began)
     return results
 
 
-def report(students, results, answers, tests, args, log, run, began):
+def report(students, results, tests, args, log, run, began):
     """Measure, with nothing else running; write record and pictures; print the table and RESULT."""
     data, scores, dots, heads = tests[""], [], {}, ("frame", "token", "mean")
     for name, student in students.items():
         results[name] |= cost(student.eval().model, args.frames)
-        if student.arm.second != "frame":
-            dots[name] = list(enumerate(map(results[name].get, heads)))
         scores += [f"{name}{group}={results[name]['top1' + group]:.4f}" for group in tests]
-    chances = [f"top1{group} {1 / len(part.classes):.3f}" for group, part in tests.items()]
-    print(f"{table(list(results.values()))}\nframe, token, mean: top-1 of each read-out; cosine: "
-          f"of both vectors; agree: with the teacher; M: million parameters,\nno word "
-          f"table; GMAC, ms: of a clip. {len(data.test)} test clips; chance: {', '.join(chances)}")
+        if student.arm.second != "frame":
+            dots[name] = [(n, results[name][head]) for n, head in enumerate(heads)]
+    chances = [f"top1{group} 1/{len(part.classes)}" for group, part in tests.items()]
+    print(f"{table(list(results.values()))}\nframe, token, mean: top-1 of each read-out; M: "
+          f"million parameters without the word table; GMAC, ms: of a clip, texts cached.\n"
+          f"{len(data.test)} test clips; chance: {', '.join(chances)}")
     if args.grid:
         small, base = results["all-three"], results["base"]
         ratios = [f"{key} x{small[key] / base[key]:.2f}" for key in ("M", "GMAC", "ms", "clips/s")]
@@ -569,23 +567,13 @@ def report(students, results, answers, tests, args, log, run, began):
     for note in data.notes():
         print(f"NOTE {note}")
     write_record(run / "run.json", args, data, results, log, began)
-    shown = [name for name, student in students.items() if student.arm.second == "token"]
-    for arm in shown[-1:]:
-        said, texts, T = answers[arm], {}, args.frames
-        for i in sorted(said)[::max(1, len(said) // 8)][:8]:
-            truth, top = data.classes[data.test[i][1]], data.classes[said[i]]
-            texts[i] = [(0, 0, f"truth: {truth}", "black"),
-                        (40, 0, f"{arm} says {top}", "green" if top == truth else "red")]
-            for t, share in enumerate(attention(students[arm].model, data.test, T, i)):
-                texts[i].append((10 * t, 1, f"{share:.3f}", "black"))
-        texts[min(texts)] += [
-            (0, -3, f"{data.name}, arm {arm}. Green: right, red: wrong. Numbers: token's", "black"),
-            (0, -2, f"attention to a frame, mean over layers, heads; uniform {1 / T:.3f}", "black")]
-        common.contact_sheet(data.test, texts, T, run / "run.png")
     if dots:
         title = f"{data.name}, {len(data.test)} test clips: arms with two heads"
         common.plot({title: dots}, "read-out", "top-1", run / "readouts.png", heads)
-    print(f"record, checkpoints, picture: {run}\nRESULT deit_video data={data.name} "
+    shown = [name for name, student in students.items() if student.arm.second == "token"]
+    if shown:
+        draw_attention(shown[-1], students[shown[-1]].model, data, args.frames, run / "run.png")
+    print(f"record, checkpoints, pictures: {run}\nRESULT deit_video data={data.name} "
           f"split={args.split} seed={args.seed} {' '.join(scores)} "
           f"seconds={time.time() - began:.0f}")
 

@@ -54,11 +54,10 @@ import platform
 import sys
 import time
 import zlib
+from importlib.metadata import version
 from pathlib import Path
 
-import av
 import numpy as np
-import open_clip
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -194,9 +193,9 @@ def adamw(module, args, steps, coviar=False):
 
 def run_folder(script, data, args):
     """OUT/SCRIPT/DATA-sSPLIT-seedSEED-DIGEST: a run belongs to its clips and flags."""
-    other = "allow_missing", "copies", "data", "describe", "label_only", "out", "resume", "workers"
+    other = "copies", "data", "out", "resume", "workers"
     flags = {key: value for key, value in vars(args).items() if key not in other}
-    digest = zlib.crc32(json.dumps([data.digest(), flags], sort_keys=True).encode())
+    digest = zlib.crc32(f"{data.digest()} {flags}".encode())
     run = Path(args.out) / script / f"{data.name}-s{args.split}-seed{args.seed}-{digest:08x}"
     if vars(args).get("resume") and not run.exists():
         print(f"--resume: no run with these clips and flags; {run} is new", file=sys.stderr)
@@ -204,9 +203,9 @@ def run_folder(script, data, args):
     return run
 
 
-def keep(row, rows, epochs, path, flags, about, parts):
-    """Log the row of an epoch; write the state of `parts`, {name: module or optimizer}, to `path`:
-    a kill leaves the old checkpoint or the new one."""
+def keep(row, rows, epochs, path, about, parts):
+    """Log the row of an epoch; write the state of `parts`, {name: module or optimizer}, to `path`,
+    from which --resume goes on: a kill leaves the old checkpoint or the new one."""
     rows.append(row)
     if len(rows) == epochs:  # finished: no optimizer
         parts = {name: part for name, part in parts.items() if hasattr(part, "parameters")}
@@ -214,7 +213,7 @@ def keep(row, rows, epochs, path, flags, about, parts):
         cells = [f"{k} {x:.4f}" if isinstance(x, float) else f"{k} {x}" for k, x in row.items()]
         print("  ".join(cells), flush=True)
         state = {name: part.state_dict() for name, part in parts.items()}
-        common.save({**about, **state, "rows": rows, "flags": flags}, path)
+        common.save({**about, **state, "rows": rows}, path)
 
 
 def resume(path, parts):
@@ -269,7 +268,7 @@ def train_streams(streams, data, args, run):
         row = {"stage": "streams", "epoch": epoch + 1}
         row.update(zip(STREAMS, loader.mean(average(terms, streams), epoch), strict=True))
         row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
-        keep(row, rows, args.epochs, path, vars(args), {}, parts)
+        keep(row, rows, args.epochs, path, {"flags": vars(args)}, parts)
     return rows
 
 
@@ -351,7 +350,8 @@ def train_exits(streams, exits, data, held, args, run):
         if held and epoch + 1 in ends:
             found = evaluate(streams, exits, held, data.bad, args)
             row.update({f"held-out {name}": x for name, x in found.items()})
-        keep(row, rows, args.exit_epochs, path, vars(args), {"classes": data.classes}, parts)
+        about = {"flags": vars(args), "classes": data.classes}
+        keep(row, rows, args.exit_epochs, path, about, parts)
     return rows
 
 
@@ -468,7 +468,7 @@ def table(rows):
 
 def write_record(path, args, data, results, log, began):
     """run.json: flags, versions, machine and numbers; metrics.jsonl: a row per epoch"""
-    versions = {module.__name__: module.__version__ for module in (torch, open_clip, av, np)}
+    versions = {name: version(name) for name in ("torch", "open_clip_torch", "av", "numpy")}
     record = {"flags": vars(args), "versions": versions, "machine": MACHINE, "bad": data.bad,
               "notes": data.notes(), "results": results, "seconds": time.time() - began}
     with common.renamed(path) as part:

@@ -1,7 +1,6 @@
 """Train ActionCLIP on the action and on what its frames show, as labelled by a frozen CLIP.
 
-Technique 2 of Frans Huntink's master thesis, "Bridging the gap: Threefold knowledge distillation
-for language-enabled action recognition models operating in real-time scenarios" (Utrecht, 2024), on
+Technique 2 of Frans Huntink's master thesis, "Threefold knowledge distillation" (Utrecht, 2024), on
 ActionCLIP (Wang, Xing, Liu 2021, arXiv 2109.08472). From an image CLIP into a video ActionCLIP.
 
 Fine-tuning on a few actions lets a model forget what else a frame shows. The thesis adds "spatial
@@ -15,17 +14,15 @@ exp(logit_scale); f_i: the labeller's embedding of frame i; b (L, D): of the lab
   (1) kl_pair          L_action = 1/2 [KL(G || softmax_rows(s v^ t^')) + the same of t^ v^'],
                        G = softmax_rows(10 [y_i = y_k]); KL summed over a row, mean over B
   (2) class_scores     p(k) = mean_p softmax_k(100 v^ . t^_pk), 16 sentences a class; argmax wins
-  (3) spatial_targets  q = 1/T sum_i softmax(100 f_i^ b^');  keep_labels: the 16 labels with the
-                       highest total probability over the training clips, renormalised
+  (3) spatial_targets  q = 1/T sum_i softmax(100 f_i^ b^')
   (4) spatial_loss     L_k = KL(q_k || softmax(s_k h_k(v)^ t_k^')), summed over labels, mean over
-                       clips with max(q_k) >= .3; where several labels may be true: binary cross
-                       entropy with [q_k > .2], mean over labels. h_k: SpatialHeads in common.py
+                       clips with max(q_k) >= .3; h_k: SpatialHeads in common.py
   (5) total_loss       L = L_action + lambda mean_k L_k
 Schedule: AdamW, lr 5e-6 (toys 4e-4), 10 lr for fusion and heads, weight decay .2; linear warm-up in
 the first tenth of the steps, cosine to 0; 50 epochs (toys 5), batch 32.
 
 Arms: alone, no objectives; spatial; shuffled, targets of other clips (if it gains as much, the gain
-is regularisation); oracle, ground truth as targets; adversarial, reversed gradient into v (DANN).
+is regularisation); oracle, ground truth as targets.
 
   python spatial_kd.py                           toy clips, three arms, 2 minutes on 2 CPU cores
   python spatial_kd.py --describe CLIP.mp4       prints "action; colour; shape; place; scene"
@@ -53,11 +50,10 @@ import re
 import sys
 import time
 import zlib
+from importlib.metadata import version
 from pathlib import Path
 
-import av
 import numpy as np
-import open_clip
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -73,7 +69,7 @@ DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if GPU else 
 if GPU:
     torch.cuda.set_device(DEVICE)
 MACHINE = torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU"
-KEEP, FLOOR, THRESHOLD = 16, .3, .2  # of eqs. (3), (4)
+FLOOR = .3  # of eq. (4)
 
 # ---- the method: eqs. (1)-(5) --------------------------------------------------------------------
 
@@ -100,18 +96,9 @@ def spatial_targets(frames, bank):
     return (100 * f @ b.T).softmax(-1).mean(1)                                  # (B, L)        (3)
 
 
-def keep_labels(q, count):
-    """Eq. (3) for all N clips. q (N, L) -> q (N, n), and which n labels were kept"""
-    kept = q.sum(0).argsort(descending=True)[:count].sort().values              # (n,)
-    return q[:, kept] / q[:, kept].sum(1, keepdim=True).clamp(min=1e-12), kept  # (N, n)        (3)
-
-
-def spatial_loss(logits, q, multi_label=False):
+def spatial_loss(logits, q):
     """One objective, eq. (4). logits, q (B, L); q is 0 for clips without targets -> scalar"""
     each = F.kl_div(logits.log_softmax(1), q, reduction="none").sum(1)          # (B,)
-    if multi_label:
-        there = (q > THRESHOLD).to(logits)                                      # (B, L)
-        each = F.binary_cross_entropy_with_logits(logits, there, reduction="none").mean(1)
     sure = q.amax(1) >= FLOOR                                                   # (B,)
     return (sure * each).sum() / sure.sum().clamp(min=1)                        # ()            (4)
 
@@ -125,11 +112,9 @@ def total_loss(action, spatial, weight):
 
 VOCABULARY = [  # change it to what your clips show
     common.Task("scene", re.split(r",\s+", """a kitchen, a living room, a bedroom, a bathroom,
-        an office, a classroom, a corridor, a staircase, a gym, a swimming pool, a stage, a studio,
-        a restaurant, a bar, a shop, a church, a hospital, a prison, a workshop, a garage, a car,
-        a train, an airport, a street, a road, a car park, a playground, a garden, a park, a forest,
-        a field, a farm, a beach, the sea, a river, a mountain, snow, a desert, a stadium,
-        a sports hall"""), ["a photo taken in {}", "the scene is {}"]),
+        an office, a staircase, a gym, a swimming pool, a stage, a shop, a restaurant, a car,
+        a street, a road, a garden, a forest, a field, a beach, the sea, a river, a mountain, snow,
+        a stadium, a sports hall"""), ["a photo taken in {}", "the scene is {}"]),
     common.Task("environment", ["indoors", "outdoors"], ["a photo taken {}", "a scene {}"]),
     common.Task("people", ["nobody", "one person", "two people", "a group"],
                 ["a photo of {}", "{} in the picture"]),
@@ -137,23 +122,24 @@ VOCABULARY = [  # change it to what your clips show
                 ["a photo of the {} of a person", "the picture shows the {}"]),
     common.Task("viewpoint", ["front", "back", "left", "right"],
                 ["a photo of a person seen from the {}", "a person filmed from the {}"]),
-    common.Task("objects", re.split(r",\s+", """a ball, a bat, a racket, a goal, a basket, a bow,
-        a sword, a gun, a knife, a rope, a ladder, a bicycle, a motorcycle, a car, a horse, a dog,
-        a boat, a skateboard, skis, a guitar, a piano, a drum, a microphone, a telephone,
-        a computer, a book, a pen, a brush, a cup, a glass, a bottle, a plate, food, a cigarette,
-        a chair, a table, a bed, a door, a window, a hat"""),
-                ["a photo of {}", "{} in the picture"], multi_label=True)]
-ARMS = ("alone", "spatial", "shuffled", "oracle", "adversarial")
+    common.Task("objects", re.split(r",\s+", """a ball, a bat, a racket, a goal, a bow, a sword,
+        a gun, a rope, a ladder, a bicycle, a motorcycle, a horse, a dog, a boat, a skateboard,
+        a guitar, a piano, a drum, a microphone, a telephone, a computer, a book, a brush, a cup,
+        a bottle, food, a chair, a table, a door"""), ["a photo of {}", "{} in the picture"])]
+PLACES = "top left", "top right", "bottom left", "bottom right"
+ARMS = "alone", "spatial", "shuffled", "oracle"
 
 
 def toy_vocabulary():
     """The toy clips have words of their own; templates are captions with one word left open."""
-    places = "top left", "top right", "bottom left", "bottom right"
-    known = {"colour": common.COLOURS, "shape": common.SHAPES, "place": places,
+    known = {"colour": common.COLOURS, "shape": common.SHAPES, "place": PLACES,
              "scene": common.SCENES}
-    captions, tasks = list(itertools.product(*known.values()))[::31], []  # 13 of 384
-    for at, (name, labels) in enumerate(known.items()):
-        templates = ["a {} {} at the {} on {}".format(*w[:at], "{}", *w[at + 1:]) for w in captions]
+    tasks, captions = [], list(itertools.product(*known.values()))[::31]  # 13 of 384
+    for name, labels in known.items():
+        templates = []
+        for caption in captions:
+            words = {**dict(zip(known, caption, strict=True)), name: "{}"}
+            templates.append("a {colour} {shape} at the {place} on {scene}".format(**words))
         tasks.append(common.Task(name, list(labels), templates))
     return tasks
 
@@ -174,7 +160,9 @@ def read_truth(path):
         across = "left" if truth["x"] < .5 else "right"
         return {**{k: truth[k] for k in ("colour", "shape", "scene")}, "place": f"{down} {across}"}
     tags = re.search(r"_([hufl])_[cn]m_np(\d)_(fr|ba|le|ri)_(?:bad|med|goo)_\d+\.avi$", path.name)
-    return {} if not tags else {
+    if not tags:
+        return {}
+    return {
         "framing": {"h": "face", "u": "upper body", "f": "full body", "l": "lower body"}[tags[1]],
         "people": ["nobody", "one person", "two people", "a group"][min(3, int(tags[2]))],
         "viewpoint": {"fr": "front", "ba": "back", "le": "left", "ri": "right"}[tags[3]]}
@@ -187,21 +175,11 @@ def embed_labels(model, task):
 
 @torch.no_grad()
 def find_targets(tasks, data, args):
-    """The tasks with q (N, n) of the training clips, 0 for one that cannot be decoded: those in the
-    cache, or eq. (3), computed now."""
+    """Eq. (3): the tasks with q (N, n) of the training clips, 0 for those that cannot be decoded.
+    Written to a file, too, for deit_video.py."""
     torch.manual_seed(args.seed)  # for NAME:random
-    labeller = common.build_action_clip(args.labeller, 0, Path(args.out) / "cache").to(DEVICE)
-    weights = sum(weight.double().sum().item() for weight in labeller.parameters())
-    made = {"clips": data.digest(), "frames": args.frames, "labeller": [args.labeller, weights],
-            "vocabulary": [list(task[:4]) for task in tasks]}
-    path = Path(args.out) / "cache" / f"{data.name}-{data.digest():08x}-targets.pt"
-    before = common.read_saved(path, "tasks") if path.exists() else {}
-    changed = [key for key in made if before.get(key) != made[key]]
-    if not changed:
-        print(f"targets: those in {path}", flush=True)
-        return [common.Task(**task) for task in before["tasks"]]
-    if before:
-        print(f"targets: {path} was made with other {', '.join(changed)}; labelling anew")
+    cache = Path(args.out) / "cache"
+    labeller = common.build_action_clip(args.labeller, 0, cache).to(DEVICE)
     banks = [embed_labels(labeller, task) for task in tasks]                    # (L, D) each
     q = [torch.zeros(len(data.train), len(bank), device=DEVICE) for bank in banks]
     clips = common.Clips(data.train, args.frames, labeller.side)
@@ -212,15 +190,15 @@ def find_targets(tasks, data, args):
         read = torch.tensor(batch.label, device=DEVICE) >= 0                    # (B,)
         for q_k, bank in zip(q, banks, strict=True):
             q_k[[i for _, i in batch.key]] = spatial_targets(f, bank) * read[:, None]
-    out = []
-    for task, q_k in zip(tasks, q, strict=True):
-        if dist.is_initialized():
+    if dist.is_initialized():
+        for q_k in q:
             dist.all_reduce(q_k)  # each process has labelled its own clips
-        q_k, kept = keep_labels(q_k.cpu(), KEEP)
-        out.append(task._replace(labels=[task.labels[k] for k in kept], q=q_k.half()))
+    tasks = [task._replace(q=q_k.cpu().half()) for task, q_k in zip(tasks, q, strict=True)]
     if RANK == 0:
-        common.save({**made, "tasks": [task._asdict() for task in out]}, path)
-    return out
+        about = {"labeller": args.labeller, "frames": args.frames}
+        common.save({**about, "tasks": [task._asdict() for task in tasks]},
+                    cache / f"{data.name}-{data.digest():08x}-targets.pt")
+    return tasks
 
 
 def tasks_of(arm, tasks, vocabulary, truths, seed):
@@ -234,7 +212,7 @@ def tasks_of(arm, tasks, vocabulary, truths, seed):
             labels = sorted(set(known) - {None})
             q = torch.tensor([[label == own for label in labels] for own in known]).half()
             if len(labels) > 1:
-                tasks.append(task._replace(labels=labels, q=q, multi_label=False))
+                tasks.append(task._replace(labels=labels, q=q))
     if arm == "shuffled":  # each clip gets another one's targets
         order = np.random.default_rng(seed).permutation(len(truths))
         others = np.roll(order, 1)[order.argsort()]
@@ -255,20 +233,14 @@ class Student(nn.Module):
         scale = model.clip.logit_scale.exp().item()
         self.heads = common.SpatialHeads(model.width, tasks, scale) if tasks else None
 
-    def forward(self, video, tokens, words=None, reverse=False):
-        """words: token ids of all tasks' labels, (sum L_k, L). reverse: the gradient from the heads
-        into v is reversed. -> v, t (B, D), s, and the logits (B, L_k) per task"""
+    def forward(self, video, tokens, words=None):
+        """words: token ids of all tasks' labels, (sum L_k, L) -> v, t (B, D), s, and the logits
+        (B, L_k) per task"""
         v, t, scale = self.model(video, tokens)
         if words is None:
             return v, t, scale, []
         texts = self.model.encode_text(words).split([len(task.labels) for task in self.tasks])
-        return v, t, scale, self.heads(2 * v.detach() - v if reverse else v, texts)
-
-    @torch.no_grad()
-    def clamp_scales(self):
-        self.model.clip.logit_scale.clamp_(max=math.log(100))
-        if self.heads:
-            self.heads.log_scale.clamp_(max=math.log(100))
+        return v, t, scale, self.heads(v, texts)
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -282,34 +254,31 @@ def gather(x):
         return x
     parts = [torch.empty_like(x) for _ in range(WORLD)]
     dist.all_gather(parts, x.detach().contiguous())
-    parts[RANK] = own = x.view_as(x)  # gradients reach this process's own part, ...
-    if x.requires_grad:  # own: other uses of x keep their gradients
-        own.register_hook(lambda gradient: WORLD * gradient)  # ... and DDP divides them by W
+    # gradients reach this process's own part, W times, since DDP divides by W
+    parts[RANK] = x + (WORLD - 1) * (x - x.detach())
     return torch.cat(parts)
 
 
 def make_optimizer(model, lr, steps):
     """AdamW as in ActionCLIP: CLIP's towers at lr, newly initialised layers at 10 lr; linear
     warm-up, then cosine to 0. No decay on norms, biases, embeddings and scales."""
-    groups = collections.defaultdict(list)
+    found, warm = {}, max(1, steps // 10)
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             decay = .2 if weight.ndim > 1 and "embedding" not in name else 0.
-            groups[lr if "clip." in name else 10 * lr, decay].append(weight)
-    optimizer = torch.optim.AdamW([{"params": weights, "lr": rate, "weight_decay": decay}
-                                   for (rate, decay), weights in groups.items()],
-                                  betas=(.9, .98), fused=True)
-    warm = max(1, steps // 10)
-    return optimizer, SequentialLR(optimizer, [
-        LinearLR(optimizer, 1 / warm, total_iters=warm),
-        CosineAnnealingLR(optimizer, max(1, steps - warm))], [warm])
+            found.setdefault((lr if "clip." in name else 10 * lr, decay), []).append(weight)
+    groups = [{"params": own, "lr": rate, "weight_decay": wd} for (rate, wd), own in found.items()]
+    optimizer = torch.optim.AdamW(groups, betas=(.9, .98), fused=True)
+    parts = [LinearLR(optimizer, 1 / warm, total_iters=warm),
+             CosineAnnealingLR(optimizer, max(1, steps - warm))]
+    return optimizer, SequentialLR(optimizer, parts, [warm])
 
 
 def run_folder(script, data, args):
     """OUT/SCRIPT/DATA-sSPLIT-seedSEED-DIGEST: a run belongs to its clips and flags."""
-    other = "allow_missing", "copies", "data", "describe", "label_only", "out", "resume", "workers"
+    other = "copies", "data", "out", "resume", "workers"
     flags = {key: value for key, value in vars(args).items() if key not in other}
-    digest = zlib.crc32(json.dumps([data.digest(), flags], sort_keys=True).encode())
+    digest = zlib.crc32(f"{data.digest()} {flags}".encode())
     run = Path(args.out) / script / f"{data.name}-s{args.split}-seed{args.seed}-{digest:08x}"
     if vars(args).get("resume") and not run.exists():
         print(f"--resume: no run with these clips and flags; {run} is new", file=sys.stderr)
@@ -317,9 +286,9 @@ def run_folder(script, data, args):
     return run
 
 
-def keep(row, rows, epochs, path, flags, about, parts):
-    """Log the row of an epoch; write the state of `parts`, {name: module or optimizer}, to `path`:
-    a kill leaves the old checkpoint or the new one."""
+def keep(row, rows, epochs, path, about, parts):
+    """Log the row of an epoch; write the state of `parts`, {name: module or optimizer}, to `path`,
+    from which --resume goes on: a kill leaves the old checkpoint or the new one."""
     rows.append(row)
     if len(rows) == epochs:  # finished: no optimizer
         parts = {name: part for name, part in parts.items() if hasattr(part, "parameters")}
@@ -327,7 +296,7 @@ def keep(row, rows, epochs, path, flags, about, parts):
         cells = [f"{k} {x:.4f}" if isinstance(x, float) else f"{k} {x}" for k, x in row.items()]
         print("  ".join(cells), flush=True)
         state = {name: part.state_dict() for name, part in parts.items()}
-        common.save({**about, **state, "rows": rows, "flags": flags}, path)
+        common.save({**about, **state, "rows": rows}, path)
 
 
 def resume(path, parts):
@@ -350,14 +319,14 @@ def train(arm, student, data, mirror, args, run, log):
     if tasks:
         parts["spatial_heads"] = student.heads
     about = {**model.about(args.frames), "classes": data.classes,
-             "tasks": [list(task[:4]) for task in tasks]}
-    path, flags = run / f"{arm}-last.pt", {"clips": data.digest(), **vars(args)}
+             "tasks": [list(task[:3]) for task in tasks]}
+    path = run / f"{arm}-last.pt"
     rows = resume(path, parts) if args.resume and path.exists() else []
     wrapped = nn.parallel.DistributedDataParallel(student) if WORLD > 1 else student
     prompts = model.prompts(data.classes)                                       # (16, K, L)
     words = [model.prompts(task.labels, task.templates) for task in tasks]      # (P, L_k, L) each
     q = [task.q.float().to(DEVICE) for task in tasks]                           # (N, L_k) each
-
+    scales = [w for name, w in student.named_parameters() if name.endswith("_scale")]
     for epoch, batches in loader.epochs(len(rows), args.epochs):
         began, terms = time.time(), []
         student.train()
@@ -371,86 +340,80 @@ def train(arm, student, data, mirror, args, run, log):
             rng = np.random.default_rng([args.seed, epoch, step, 3])
             said = [texts[rng.integers(len(texts))] for texts in words]         # (L_k, L) each
             with autocast():
-                v, t, scale, logits = wrapped(view, prompts[draws, own], torch.cat(said)
-                                              if said else None, arm == "adversarial")
+                v, t, scale, logits = wrapped(view, prompts[draws, own],
+                                              torch.cat(said) if said else None)
             pair = kl_pair(gather(v.float()), gather(t.float()), labels, scale)
             spatial = []
-            for z, q_k, task in zip(logits, q, tasks, strict=True):
-                spatial.append(spatial_loss(gather(z), q_k[index], task.multi_label))
+            for z, q_k in zip(logits, q, strict=True):
+                spatial.append(spatial_loss(gather(z), q_k[index]))
             total_loss(pair, spatial, args.weight).backward()
             nn.utils.clip_grad_norm_(student.parameters(), 1.)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            student.clamp_scales()
+            for weight in scales:
+                weight.data.clamp_(max=math.log(100))
             terms.append(torch.stack([pair, *spatial]).detach())
         row = {"arm": arm, "epoch": epoch + 1}
         names = ["kl_pair", *(task.name for task in tasks)]
         row.update(zip(names, loader.mean(terms, epoch), strict=True))
         row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
-        keep(row, rows, args.epochs, path, flags, about, parts)
+        keep(row, rows, args.epochs, path, about, parts)
     log += rows
 
 
 # ---- testing and measuring -----------------------------------------------------------------------
 
 
-def by_products(student, v, banks):
-    """What the heads say of videos v (B, D), banks: label embeddings per task -> per clip, a list
-    of labels per task: the most likely one, or as many as are there"""
-    out = [[] for _ in v]
-    for task, z in zip(student.tasks, student.heads(v, banks) if banks else [], strict=True):
-        for row, z_b in zip(out, z.cpu(), strict=True):
-            count = int((z_b > 0).sum()) if task.multi_label else 1
-            row.append([task.labels[k] for k in z_b.argsort(descending=True)[:count]])
-    return out
-
-
 @torch.no_grad()
 def evaluate(student, data, args):
-    """Test on every clip, without the heads; what these say is compared with known ground truth.
-    -> top-1, {task: accuracy}, {index: (class, by-products)} of this process's clips"""
-    model, tasks, said = student.eval().model, student.tasks, {}
+    """Test on every clip. Action scores need no heads; what these say is compared with known ground
+    truth. -> {task: accuracy, or nan}, the action first; {index: a word per task} of this process's
+    clips"""
+    model, said = student.eval().model, {}
+    tasks = [common.Task("action", data.classes), *student.tasks]
     text = model.embed_classes(data.classes)                                    # (16, K, D)
-    banks = [embed_labels(model, task) for task in tasks]
-    hits = torch.zeros(1 + 2 * len(tasks), device=DEVICE)  # action; per task right, known
+    banks = [embed_labels(model, task) for task in student.tasks]               # (L_k, D) each
     clips = common.Clips(data.test, args.frames, model.side)
     loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
     for batch in tqdm(loader, "test", leave=False, disable=None):
         pixels = common.centre_crop(batch.video, model.size, DEVICE)
         with autocast():
             v = model.encode_video(pixels).float()                              # (B, D)
-        top, words = class_scores(v, text).argmax(1), by_products(student, v, banks)
-        hits[0] += (top == torch.tensor(batch.label, device=DEVICE)).sum()
-        for (_, i), k, said_b in zip(batch.key, top.tolist(), words, strict=True):
-            said[i], truth = (k, said_b), read_truth(data.test[i][0])
-            for at, task in enumerate(tasks):
-                if task.name in truth:
-                    hits[1 + 2 * at] += truth[task.name] in said_b[at][:1]
-                    hits[2 + 2 * at] += 1
+        scores, words = [class_scores(v, text)], []                             # (B, K)
+        if banks:
+            scores += student.heads(v, banks)                                   # (B, L_k) each
+        for task, z in zip(tasks, scores, strict=True):
+            words.append([task.labels[k] for k in z.argmax(1).tolist()])
+        for (_, i), *own in zip(batch.key, *words, strict=True):
+            said[i] = own
+    counts = torch.zeros(2, len(tasks))  # right, known
+    for i, words in said.items():
+        path, k = data.test[i]
+        truth = {"action": None if path in data.bad else data.classes[k], **read_truth(path)}
+        for n, (task, word) in enumerate(zip(tasks, words, strict=True)):
+            if task.name in truth:
+                counts[:, n] += torch.tensor([word == truth[task.name], True])
     if WORLD > 1:
-        dist.all_reduce(hits)
-    top1, *seen = hits.tolist()
-    right = {task.name: a / n for task, a, n in zip(tasks, seen[::2], seen[1::2], strict=True) if n}
-    return top1 / len(clips), right, said
+        counts = counts.to(DEVICE)
+        dist.all_reduce(counts)
+    right = (counts[0] / counts[1]).tolist()
+    return dict(zip([task.name for task in tasks], right, strict=True)), said
 
 
 def look_at_labels(tasks, truths):
-    """Print how good the labeller is, before anything is trained on its labels. -> rows"""
+    """Print how good the labeller is, before anything is trained on its labels."""
     rows = []
     for task in tasks:
-        top = [task.labels[k] for k in task.q.argmax(1)]
+        said = [task.labels[k] for k in task.q.argmax(1)]
         known = [truth.get(task.name) for truth in truths]
-        hits = sum(said == own for said, own in zip(top, known, strict=True))
-        counts = collections.Counter(own for own in known if own)
+        counts = collections.Counter(label for label in known if label)
         n = counts.total() or math.nan
-        rows.append({"task": task.name, "labels": len(task.labels),
-                     "sure": (task.q.amax(1) >= FLOOR).float().mean().item(), "right": hits / n,
-                     "constant": max(counts.values(), default=0) / n,
-                     "most often": collections.Counter(top).most_common(1)[0][0]})
+        rows.append({"task": task.name, "sure": (task.q.amax(1) >= FLOOR).float().mean().item(),
+                     "right": sum(a == b for a, b in zip(said, known, strict=True)) / n,
+                     "constant": max(counts.values(), default=0) / n})
     print(f"{table(rows)}\nsure: share of the training clips with max(q) >= {FLOOR}; right, "
           f"constant: accuracy of the labeller,\nof the best constant answer", flush=True)
-    return rows
 
 
 def table(rows):
@@ -464,7 +427,7 @@ def table(rows):
 
 def write_record(path, args, data, results, log, began):
     """run.json: flags, versions, machine and numbers; metrics.jsonl: a row per epoch"""
-    versions = {module.__name__: module.__version__ for module in (torch, open_clip, av, np)}
+    versions = {name: version(name) for name in ("torch", "open_clip_torch", "av", "numpy")}
     record = {"flags": vars(args), "versions": versions, "machine": MACHINE, "bad": data.bad,
               "notes": data.notes(), "results": results, "seconds": time.time() - began}
     with common.renamed(path) as part:
@@ -475,42 +438,40 @@ def write_record(path, args, data, results, log, began):
 
 def describe(args, name):
     """Print what the newest run on a data set says of one file: "action; scene; people; ..."."""
-    runs = [path for path in Path(args.out, "spatial_kd").glob("*/spatial-last.pt")
-            if path.parent.name.rpartition("-")[0] == f"{name}-s{args.split}-seed{args.seed}"]
-    if not runs:
-        raise common.BadInput(f"--describe: {args.out}/spatial_kd holds no run of {name}, split "
-                              f"{args.split}, seed {args.seed}; train it first")
-    path = max(runs, key=os.path.getmtime)
+    runs = f"spatial_kd/{name}-s{args.split}-seed{args.seed}-*/spatial-last.pt"
+    path = max(Path(args.out).glob(runs), key=os.path.getmtime, default=None)
+    if not path:
+        raise common.BadInput(f"--describe: there is no {args.out}/{runs}; train it first")
     saved = common.read_saved(path, "classes", "tasks", "spatial_heads")
     model = common.build_action_clip("", cache=Path(args.out) / "cache", checkpoint=path)
     student = Student(model, [common.Task(*task) for task in saved["tasks"]]).to(DEVICE)
     common.load_strictly(student.heads, saved["spatial_heads"], path, "spatial heads")
     data = common.VideoData("", saved["classes"], [], [(args.describe, 0)], [])
     args.frames = model.frames
-    k, words = evaluate(student, data, args)[2][0]
+    _, said = evaluate(student, data, args)
     if data.bad:
         raise common.BadInput(f"--describe {args.describe}: {data.bad[args.describe]}")
-    print("; ".join([data.classes[k], *map(", ".join, words)]))
+    print("; ".join(said[0]))
 
 
-def draw_words(arm, tasks, said, data, args, path):
+def draw_words(arm, tasks, said, data, args, file):
     """A picture of eight test clips, and the words that the labeller and the arm find likeliest."""
     shown, texts = sorted(said)[::max(1, len(said) // 8)][:8], {}
     clips = common.VideoData("shown", data.classes, [data.test[i] for i in shown], [], [])
-    tasks = find_targets([*tasks, common.Task("action", data.classes)], clips, args)
+    tasks = find_targets([common.Task("action", data.classes), *tasks], clips, args)
     for n, i in enumerate(shown):
-        (video, k), (top, words) = data.test[i], said[i]
-        truth = {"action": data.classes[k], **read_truth(video)}
+        path, k = data.test[i]
+        truth = {"action": data.classes[k], **read_truth(path)}
         texts[i] = [(0, 1, "truth", "black"), (0, 2, "labeller", "black"), (0, 3, arm, "black")]
-        answers = zip(tasks, [*words, [data.classes[top]]], strict=True)
-        for x, (task, answer) in enumerate(answers, 1):
+        for x, (task, word) in enumerate(zip(tasks, said[i], strict=True), 1):
             known, label = truth.get(task.name, "-"), task.labels[task.q[n].argmax()]
-            for y, word in enumerate((task.name, known, label, *answer[:1])):
-                colour = {"-": "gray", word: "green"}.get(known, "red") if y > 1 else "black"
-                texts[i].append((14 * x, y, word, colour))
+            texts[i] += [(14 * x, 0, task.name, "black"), (14 * x, 1, known, "black")]
+            for y, answer in enumerate((label, word), 2):
+                colour = "green" if answer == known else "red"
+                texts[i].append((14 * x, y, answer, "gray" if known == "-" else colour))
     title = f"{data.name}, arm {arm}. Words: green right, red wrong, gray truth not known"
     texts[shown[0]].append((0, -2, title, "black"))
-    common.contact_sheet(data.test, texts, min(8, args.frames), path)
+    common.contact_sheet(data.test, texts, min(8, args.frames), file)
 
 
 # ---- flags and main ------------------------------------------------------------------------------
@@ -548,13 +509,12 @@ def parse(argv=None):
     if args.student.startswith("toy-"):
         parser.set_defaults(lr=4e-4)
     args = parser.parse_args(argv)
-    if min(args.epochs, args.batch_size) < 1 or args.workers < 0:
-        parser.error("--epochs, --batch-size take 1 or more, --workers 0 or more")
-    if not (0 <= args.seed < 2 ** 63 and args.shots >= 0 and 0 <= args.label_noise <= 1):
-        parser.error("--seed, --shots take 0 or more, --label-noise 0 to 1")
-    if not (1 <= args.frames <= 77 and 0 < args.lr < math.inf and 0 <= args.weight < math.inf):
-        parser.error("--frames takes 1 to 77, --lr more than 0, --lambda 0 or more (the arm "
-                     "`adversarial` reverses it)")
+    if min(args.epochs, args.batch_size, args.frames) < 1 or args.frames > 77:
+        parser.error("--epochs, --batch-size take 1 or more, --frames 1 to 77")
+    if min(args.seed, args.shots, args.workers) < 0 or not 0 <= args.label_noise <= 1:
+        parser.error("--seed, --shots, --workers take 0 or more, --label-noise 0 to 1")
+    if not (0 < args.lr < math.inf and 0 <= args.weight < math.inf):
+        parser.error("--lr takes more than 0, --lambda 0 or more")
     return args
 
 
@@ -586,7 +546,8 @@ def main(argv=None):
     vocabulary = toy_vocabulary() if drawn else VOCABULARY
     tasks = find_targets(vocabulary, data, args)
     data = tests[""] = common.noisy_labels(data, args.label_noise, args.seed)
-    labels = look_at_labels(tasks, truths) if RANK == 0 else []
+    if RANK == 0:
+        look_at_labels(tasks, truths)
     if args.label_only:
         return {}
     run = run_folder("spatial_kd", data, args)
@@ -605,7 +566,8 @@ def main(argv=None):
         model = student.model
         results[arm] = {"arm": arm, "M": model.millions(), "GMAC": model.gmac(args.frames)}
         for name, part in tests.items():
-            results[arm][f"top1{name}"], right, said = evaluate(student, part, args)
+            right, said = evaluate(student, part, args)
+            results[arm][f"top1{name}"] = right["action"]
             if not name:
                 answers[arm] = said
                 results[arm] |= {task: right.get(task, math.nan) for task in truths[0]}
@@ -614,20 +576,20 @@ def main(argv=None):
     if RANK == 0:
         arm = "spatial" if "spatial" in owned else args.arms[-1]
         draw_words(arm, owned[arm], answers[arm], data, args, run / "run.png")
-        report(results, labels, tests, args, log, run, began)
+        report(results, tests, args, log, run, began)
     return results
 
 
-def report(results, labels, tests, args, log, run, began):
+def report(results, tests, args, log, run, began):
     """Write the record; print the table and RESULT."""
     data, scores = tests[""], []
-    chances = [f"top1{name} {1 / len(part.classes):.3f}" for name, part in tests.items()]
+    chances = [f"top1{name} 1/{len(part.classes)}" for name, part in tests.items()]
     print(f"{table(list(results.values()))}\nM: million parameters without the word table; GMAC of "
           f"a clip; colour, people, ...: accuracy of the heads\non {len(data.test)} test clips; "
           f"chance: {', '.join(chances)}")
     for note in data.notes():
         print(f"NOTE {note}")
-    write_record(run / "run.json", args, data, {"labels": labels, "arms": results}, log, began)
+    write_record(run / "run.json", args, data, results, log, began)
     for arm, r in results.items():
         scores += [f"{arm}{name}={r['top1' + name]:.4f}" for name in tests]
     print(f"record, checkpoints, picture: {run}\nRESULT spatial_kd data={data.name} "

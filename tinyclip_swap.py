@@ -36,15 +36,14 @@ the first tenth of the steps, cosine to 0; 50 epochs (toys 6), batch 32. All wei
 The plain command printed (2 cores of an x86_64 CPU, torch 2.15.0):
 RESULT tinyclip_swap data=toy split=1 seed=0 large=0.9767 small=0.9300 gmac_ratio=0.482 seconds=88
 
-Differs from ActionCLIP's code (sallymmx/ActionCLIP @31c34df): fp32 weights with bf16 autocast, not
-fp16; frames are random in their segments; jitter is drawn once per clip; no weight decay on norms,
+Differs from ActionCLIP's code (sallymmx/ActionCLIP @31c34df): fp32 weights with bf16 autocast;
+frames are random in their segments; jitter is drawn once per clip; no weight decay on norms,
 biases, embeddings and scales; logit_scale is at most ln 100; gradients are clipped at norm 1; the
 last epoch counts, not the best; class names are words (its UCF101 checkpoints: ApplyEyeMakeup).
-TinyCLIP: eq. (3) has weight 1 beside eq. (1); the large model's scale is 50, as there, the small
-one's is learned. All models of --compare learn s, as in their code; they train as ActionCLIP does.
-ViFi-CLIP @dea0d7e: label smoothing .1, mixup, lr 8e-6, weight decay .001, fixed word vectors.
-Text4Vis @238c07f: warm-up in 5 of 30 epochs; features of views averaged; dense windows as here.
-Zero-shot CLIP: 16 templates here. X-CLIP (attention across frames in the tower) is not included.
+TinyCLIP: eq. (3) has weight 1 beside eq. (1); the large model's scale is 50, as there.
+The models of --compare train as ActionCLIP does. ViFi-CLIP's code (@dea0d7e) has label smoothing,
+mixup, lr 8e-6, weight decay .001; Text4Vis's (@238c07f) warms up for 5 of 30 epochs, and averages
+features over views. X-CLIP (attention across frames in the tower) is not included.
 """
 import argparse
 import collections
@@ -60,12 +59,11 @@ import threading
 import time
 import timeit
 import zlib
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-import av
 import numpy as np
-import open_clip
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -78,7 +76,7 @@ import common
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if GPU else torch.device("cpu")
-AFFINITY_WEIGHT, SCALE_T = 1., 50.  # of eq. (3)
+SCALE_T = 50.  # of the large model in eq. (3)
 if GPU:
     torch.cuda.set_device(DEVICE)
 MACHINE = torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU"
@@ -143,8 +141,8 @@ def build_arm(arm, args):
     torch.manual_seed(args.seed)
     spec, file = args.small if "small" in arm else args.large, args.checkpoint
     fusion = common.read_weights(file).get("fusion") if file else ARMS[arm].head == "fusion"
-    model = common.build_action_clip(spec, args.fusion_layers if fusion else 0,
-                                     Path(args.out) / "cache", checkpoint=file).to(DEVICE)
+    model = common.build_action_clip(spec, 6 if fusion else 0, Path(args.out) / "cache",
+                                     checkpoint=file).to(DEVICE)
     if not file:
         model.templates = ARMS[arm].templates
     if args.compile:
@@ -162,34 +160,31 @@ def gather(x):
         return x
     parts = [torch.empty_like(x) for _ in range(WORLD)]
     dist.all_gather(parts, x.detach().contiguous())
-    parts[RANK] = own = x.view_as(x)  # gradients reach this process's own part, ...
-    if x.requires_grad:  # own: other uses of x keep their gradients
-        own.register_hook(lambda gradient: WORLD * gradient)  # ... and DDP divides them by W
+    # gradients reach this process's own part, W times, since DDP divides by W
+    parts[RANK] = x + (WORLD - 1) * (x - x.detach())
     return torch.cat(parts)
 
 
 def make_optimizer(model, lr, steps):
     """AdamW as in ActionCLIP: CLIP's towers at lr, newly initialised layers at 10 lr; linear
     warm-up, then cosine to 0. No decay on norms, biases, embeddings and scales."""
-    groups = collections.defaultdict(list)
+    found, warm = {}, max(1, steps // 10)
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             decay = .2 if weight.ndim > 1 and "embedding" not in name else 0.
-            groups[lr if "clip." in name else 10 * lr, decay].append(weight)
-    optimizer = torch.optim.AdamW([{"params": weights, "lr": rate, "weight_decay": decay}
-                                   for (rate, decay), weights in groups.items()],
-                                  betas=(.9, .98), fused=True)
-    warm = max(1, steps // 10)
-    return optimizer, SequentialLR(optimizer, [
-        LinearLR(optimizer, 1 / warm, total_iters=warm),
-        CosineAnnealingLR(optimizer, max(1, steps - warm))], [warm])
+            found.setdefault((lr if "clip." in name else 10 * lr, decay), []).append(weight)
+    groups = [{"params": own, "lr": rate, "weight_decay": wd} for (rate, wd), own in found.items()]
+    optimizer = torch.optim.AdamW(groups, betas=(.9, .98), fused=True)
+    parts = [LinearLR(optimizer, 1 / warm, total_iters=warm),
+             CosineAnnealingLR(optimizer, max(1, steps - warm))]
+    return optimizer, SequentialLR(optimizer, parts, [warm])
 
 
 def run_folder(script, data, args):
     """OUT/SCRIPT/DATA-sSPLIT-seedSEED-DIGEST: a run belongs to its clips and flags."""
-    other = "allow_missing", "copies", "data", "describe", "label_only", "out", "resume", "workers"
+    other = "copies", "data", "out", "resume", "workers"
     flags = {key: value for key, value in vars(args).items() if key not in other}
-    digest = zlib.crc32(json.dumps([data.digest(), flags], sort_keys=True).encode())
+    digest = zlib.crc32(f"{data.digest()} {flags}".encode())
     run = Path(args.out) / script / f"{data.name}-s{args.split}-seed{args.seed}-{digest:08x}"
     if vars(args).get("resume") and not run.exists():
         print(f"--resume: no run with these clips and flags; {run} is new", file=sys.stderr)
@@ -197,9 +192,9 @@ def run_folder(script, data, args):
     return run
 
 
-def keep(row, rows, epochs, path, flags, about, parts):
-    """Log the row of an epoch; write the state of `parts`, {name: module or optimizer}, to `path`:
-    a kill leaves the old checkpoint or the new one."""
+def keep(row, rows, epochs, path, about, parts):
+    """Log the row of an epoch; write the state of `parts`, {name: module or optimizer}, to `path`,
+    from which --resume goes on: a kill leaves the old checkpoint or the new one."""
     rows.append(row)
     if len(rows) == epochs:  # finished: no optimizer
         parts = {name: part for name, part in parts.items() if hasattr(part, "parameters")}
@@ -207,7 +202,7 @@ def keep(row, rows, epochs, path, flags, about, parts):
         cells = [f"{k} {x:.4f}" if isinstance(x, float) else f"{k} {x}" for k, x in row.items()]
         print("  ".join(cells), flush=True)
         state = {name: part.state_dict() for name, part in parts.items()}
-        common.save({**about, **state, "rows": rows, "flags": flags}, path)
+        common.save({**about, **state, "rows": rows}, path)
 
 
 def resume(path, parts):
@@ -233,7 +228,7 @@ def train(arm, model, large, data, args, run, log):
     optimizer, schedule = make_optimizer(model, args.lr, args.epochs * len(loader))
     parts = {"model_state_dict": model.clip, "fusion_model_state_dict": model.fusion,
              "optimizer": optimizer, "schedule": schedule}
-    path, flags = run / f"{arm}-last.pt", {"clips": data.digest(), **vars(args)}
+    path = run / f"{arm}-last.pt"
     rows = resume(path, parts) if args.resume and path.exists() else []
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     prompts = model.prompts(data.classes)                                       # (P, K, L)
@@ -246,8 +241,8 @@ def train(arm, model, large, data, args, run, log):
         for batch in bar:
             view = common.training_view(batch, model.size, mirror, args.seed, DEVICE)
             draws = [np.random.default_rng([args.seed, *key, 1]).integers(16) for key in batch.key]
-            numbers = draws, batch.label                                        # (B/W,) each
-            draws, own = (torch.tensor(x).to(DEVICE, non_blocking=True) for x in numbers)
+            draws = torch.tensor(draws).to(DEVICE, non_blocking=True)           # (B/W,)
+            own = torch.tensor(batch.label).to(DEVICE, non_blocking=True)       # (B/W,)
             labels = gather(own)                                                # (B,)
             tokens = prompts[draws, own] if recipe.loss == "kl_pair" else prompts[0]
             with autocast():
@@ -265,7 +260,7 @@ def train(arm, model, large, data, args, run, log):
                     v_t, t_t, _ = large.eval()(view, prompts_t[draws, own])
                 v_t, t_t = gather(v_t.float()), gather(t_t.float())             # (B, D_t)
                 affinity = affinity_loss(v, t, v_t, t_t, scale, SCALE_T)
-            (loss + AFFINITY_WEIGHT * affinity).backward()
+            (loss + affinity).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
             optimizer.step()
             optimizer.zero_grad()
@@ -275,7 +270,7 @@ def train(arm, model, large, data, args, run, log):
         row = {"arm": arm, "epoch": epoch + 1}
         row.update(zip((recipe.loss, "affinity"), loader.mean(terms, epoch), strict=True))
         row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
-        keep(row, rows, args.epochs, path, flags, model.about(args.frames), parts)
+        keep(row, rows, args.epochs, path, model.about(args.frames), parts)
     log += rows
 
 
@@ -309,24 +304,20 @@ def evaluate(model, data, args):
 
 def milliseconds(function):
     """Median time of a call whose result comes to the CPU, so that a GPU has finished"""
-    for _ in range(3):
-        function()
-    return 1e3 * float(np.median(timeit.repeat(function, repeat=20, number=1)))
+    return 1e3 * float(np.median(timeit.repeat(function, repeat=23, number=1)[3:]))  # 3: warm-up
 
 
 def measure(model, data, args):
     """What a clip costs, its texts cached: millions of parameters, GMAC, ms without and with
-    decoding; and clips/s of a batch"""
-    text, T = model.embed_classes(data.classes), args.frames * args.views
+    decoding; clips/s of a batch"""
     clips = common.Clips(data.test, args.frames, model.side, args.sampling, args.views)
+    text, T = model.embed_classes(data.classes), args.frames * args.views
     many = torch.randint(256, (32 if GPU else 4, T, 3, model.size, model.size)).byte()
-
-    def spent(videos):
-        return milliseconds(lambda: classify(model, videos(), text, args.views).cpu())
-
-    return {"M": model.millions(), "GMAC": model.gmac(args.frames) * args.views,
-            "ms": spent(lambda: many[:1]), "+decode": spent(lambda: [clips[0, 0].video]),
-            "clips/s": 1e3 * len(many) / spent(lambda: many)}
+    ms = milliseconds(lambda: classify(model, many[:1], text, args.views).cpu())
+    read = milliseconds(lambda: classify(model, [clips[0, 0].video], text, args.views).cpu())
+    batch = milliseconds(lambda: classify(model, many, text, args.views).cpu())
+    return {"M": model.millions(), "GMAC": model.gmac(args.frames) * args.views, "ms": ms,
+            "+decode": read, "clips/s": 1e3 * len(many) / batch}
 
 
 def table(rows):
@@ -340,7 +331,7 @@ def table(rows):
 
 def write_record(path, args, data, results, log, began):
     """run.json: flags, versions, machine and numbers; metrics.jsonl: a row per epoch"""
-    versions = {module.__name__: module.__version__ for module in (torch, open_clip, av, np)}
+    versions = {name: version(name) for name in ("torch", "open_clip_torch", "av", "numpy")}
     record = {"flags": vars(args), "versions": versions, "machine": MACHINE, "bad": data.bad,
               "notes": data.notes(), "results": results, "seconds": time.time() - began}
     with common.renamed(path) as part:
@@ -350,21 +341,21 @@ def write_record(path, args, data, results, log, began):
 
 
 # ---- live: --watch. If you only care about the swap, skip to parse() -----------------------------
-# A stream needs a label after every frame. A new one costs one image pass and one fusion, since the
-# embeddings of the last T frames are kept.
 
 STALL = 10  # seconds without a frame that end the stream
 
 
 @torch.no_grad()
 def stream_step(model, ring, frame, text):
-    """ring: deque of the last T frame embeddings, oldest first, which takes in that of `frame`,
-    uint8 (3, H, W); until T frames have arrived, the first one is repeated. text (16, K, D)
-    -> probabilities (K,)"""
+    """A new frame, uint8 (3, H, W), costs one image pass and one fusion, since `ring`, a deque,
+    keeps the embeddings of the last T, oldest first; until there are T, the first is repeated.
+    text (16, K, D) -> probabilities (K,)"""
     pixels = common.centre_crop([frame[None]], model.size, DEVICE)              # (1, 1, 3, S, S)
     with autocast():
         f = model.encode_frames(pixels)[:, 0]                                   # (1, D)
-        ring.extend([f] * (1 if ring else ring.maxlen))
+        ring.append(f)
+        while len(ring) < ring.maxlen:
+            ring.append(f)
         v = model.fusion(torch.stack(tuple(ring), 1)).float()                   # (1, D)
     return class_scores(v, text)[0]
 
@@ -447,7 +438,6 @@ def parse(argv=None):
     add("--views", type=int, default=1, help="windows of a test clip, with dense")
     add("--large", default="toy-large", help="NAME[:WEIGHTS] of the original backbone")
     add("--small", default="toy-small", help="NAME[:WEIGHTS] of the one swapped in")
-    add("--fusion-layers", type=int, default=6, help="of the fusion head; 0: mean over frames")
     add("--recover", choices=("none", "affinity"), default="none", help="a third arm, with eq. (3)")
     add("--compare", action="store_true", help="instead: four models on --large, eq. (4)")
     add("--checkpoint", "--eval-only", metavar="FILE", help="test it, or --watch with it")
@@ -455,8 +445,7 @@ def parse(argv=None):
     add("--batch-size", type=int, default=32, help="of all processes together")
     add("--lr", type=float, default=5e-6, help="of CLIP's towers, as ActionCLIP; 4e-4 for toys")
     add("--compile", action="store_true", help="torch.compile the networks")
-    add("--watch", metavar="SOURCE", help="live: a file, an address, - (standard input), a camera "
-        "(/dev/video0, avfoundation:0, dshow:video=NAME)")
+    add("--watch", metavar="SOURCE", help="live: a file, an address, - (standard input), a camera")
     add("--labels", default="", help='of --watch, in any words: "waving, running, a dog jumping"')
     add("--fps", type=float, default=4., help="frames sampled per second of --watch")
     add("--no-drop", action="store_true", help="wait for each frame, at whatever speed")
@@ -473,14 +462,14 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     labels = [word.strip() for word in args.labels.split(",")]
     args.labels = [word for word in dict.fromkeys(labels) if word]
-    if min(args.views, args.epochs, args.batch_size) < 1 or args.fusion_layers < args.compare:
-        parser.error("--views, --epochs, --batch-size, --fusion-layers of --compare take 1 or more")
-    if not (1 <= args.frames <= 77 and 0 < args.lr < math.inf and 0 <= args.label_noise <= 1):
-        parser.error("--frames takes 1 to 77, --lr more than 0, --label-noise 0 to 1")
-    if not 0 <= args.seed < 2 ** 63 or min(args.shots, args.workers, args.fusion_layers) < 0:
-        parser.error("--seed, --shots, --workers, --fusion-layers take 0 or more")
-    if not 0 < args.fps < math.inf or (args.watch and len(args.labels) < 2):
-        parser.error('--fps takes more than 0, --watch --labels: --labels "waving, running"')
+    if min(args.epochs, args.batch_size, args.frames, args.views) < 1 or args.frames > 77:
+        parser.error("--epochs, --batch-size, --views take 1 or more, --frames 1 to 77")
+    if min(args.seed, args.shots, args.workers) < 0 or not 0 <= args.label_noise <= 1:
+        parser.error("--seed, --shots, --workers take 0 or more, --label-noise 0 to 1")
+    if not (0 < args.lr < math.inf and 0 < args.fps < math.inf):
+        parser.error("--lr, --fps take more than 0")
+    if args.watch and len(args.labels) < 2:
+        parser.error('--watch needs two labels or more: --labels "waving, running"')
     return args
 
 
@@ -518,10 +507,9 @@ def main(argv=None):
     results, log = {}, []
     for arm, model in models.items():
         results[arm] = {"arm": arm, "backbone": model.name}
-        if "zero-shot" in models:
-            results[arm] |= dict(zip(Recipe._fields[:3], ARMS[arm], strict=False))
-        for name, part in tests.items() if args.unseen and not args.checkpoint else ():
-            results[arm][f"before{name}"] = evaluate(model, part, args)[0]  # what CLIP alone knows
+        if args.compare:
+            head, text, loss, _ = ARMS[arm]
+            results[arm] |= {"head": head, "text": text, "loss": loss}
         if ARMS[arm].loss != "none":
             large = models["large"] if arm == "small+affinity" else None  # trained by now
             train(arm, model, large, data, args, run, log)
@@ -541,10 +529,10 @@ def draw_affinity(models, data, args, path):
     clips, tiles = clips[::math.ceil(len(clips) / 32)], []
     for name, model in models.items():
         read = common.Clips(clips, args.frames, model.side, args.sampling)
-        videos = [read[0, i].video for i in range(len(clips))]
-        texts = model.prompts(data.classes)[0, [label for _, label in clips]]
+        batch = next(iter(common.ClipLoader(read, 32)))
+        texts = model.prompts(data.classes)[0, batch.label]
         with autocast():
-            v, t, _ = model.eval()(common.centre_crop(videos, model.size, DEVICE), texts)
+            v, t, _ = model.eval()(common.centre_crop(batch.video, model.size, DEVICE), texts)
         A = similarity(v.float(), t.float(), SCALE_T).softmax(1).cpu()          # (B, B)
         tile = F.pad((A / A.max()).kron(torch.ones(8, 8)), (2, 2, 14, 2), value=1)
         title, corner = f"{name}: clips x texts", torch.tensor([[0, 0, 1, 1]])
@@ -554,25 +542,23 @@ def draw_affinity(models, data, args, path):
 
 
 def report(models, results, tests, args, log, run, began):
-    """Measure, with nothing else running; write the record, print the table and RESULT."""
-    data = tests[""]
-    for arm, model in models.items():
-        results[arm] |= measure(model, data, args)
-    print(table(list(results.values())))
-    scores, small, large = [], results.get("small"), results.get("large")
+    """Measure, with nothing else running; write record and pictures; print the table and RESULT."""
+    data, scores = tests[""], []
     for arm, r in results.items():
+        r |= measure(models[arm], data, args)
         scores += [f"{arm}{name}={r['top1' + name]:.4f}" for name in tests]
-    if small:
+    print(table(list(results.values())))
+    if "small" in results:
+        small, large = results["small"], results["large"]
         keys = "M", "GMAC", "ms", "+decode", "clips/s"
-        ratios = ", ".join([f"{key} x{small[key] / large[key]:.2f}" for key in keys])
-        print(f"small / large: {ratios}")
-        scores += [f"gmac_ratio={small['GMAC'] / large['GMAC']:.3f}"]
-    chances = ", ".join([f"top1{name} {1 / len(part.classes):.3f}" for name, part in tests.items()])
+        ratios = [f"{key} x{small[key] / large[key]:.2f}" for key in keys]
+        print(f"small / large: {', '.join(ratios)}")
+        scores.append(f"gmac_ratio={small['GMAC'] / large['GMAC']:.3f}")
+    chances = [f"top1{name} 1/{len(part.classes)}" for name, part in tests.items()]
     print(f"M: million parameters without the word table; GMAC, ms, +decode (ms with decoding): of "
-          f"a clip, texts cached.\n{len(data.test)} test clips; chance: {chances}")
+          f"a clip, texts cached.\n{len(data.test)} test clips; chance: {', '.join(chances)}")
     for note in data.notes():
         print(f"NOTE {note}")
-
     write_record(run / "run.json", args, data, results, log, began)
     dots = {arm: [(r["ms"], r["top1"])] for arm, r in results.items()}
     common.plot({f"{data.name}, {MACHINE}": dots}, "ms a clip", "top-1", run / "accuracy.png")

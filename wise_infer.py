@@ -46,11 +46,10 @@ import sys
 import tempfile
 import time
 import zlib
+from importlib.metadata import version
 from pathlib import Path
 
-import av
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch.autograd.functional import jacobian
@@ -319,9 +318,9 @@ def classify(cascade, paths, weights, theta):
 
 def run_folder(script, data, args):
     """OUT/SCRIPT/DATA-sSPLIT-seedSEED-DIGEST: a run belongs to its clips and flags."""
-    other = "allow_missing", "copies", "data", "describe", "label_only", "out", "resume", "workers"
+    other = "copies", "data", "out", "resume", "workers"
     flags = {key: value for key, value in vars(args).items() if key not in other}
-    digest = zlib.crc32(json.dumps([data.digest(), flags], sort_keys=True).encode())
+    digest = zlib.crc32(f"{data.digest()} {flags}".encode())
     run = Path(args.out) / script / f"{data.name}-s{args.split}-seed{args.seed}-{digest:08x}"
     if vars(args).get("resume") and not run.exists():
         print(f"--resume: no run with these clips and flags; {run} is new", file=sys.stderr)
@@ -340,7 +339,7 @@ def table(rows):
 
 def write_record(path, args, data, results, log, began):
     """run.json: flags, versions, machine and numbers; metrics.jsonl: a row per epoch"""
-    versions = {module.__name__: module.__version__ for module in (torch, open_clip, av, np)}
+    versions = {name: version(name) for name in ("torch", "open_clip_torch", "av", "numpy")}
     record = {"flags": vars(args), "versions": versions, "machine": MACHINE, "bad": data.bad,
               "notes": data.notes(), "results": results, "seconds": time.time() - began}
     with common.renamed(path) as part:

@@ -113,7 +113,7 @@ def compare(folder):
     return "\n".join(rows)
 
 
-SPATIAL = "python spatial_kd.py --arms alone spatial shuffled oracle adversarial"
+SPATIAL = "python spatial_kd.py --arms alone spatial shuffled oracle"
 DEIT = "python deit_video.py --arms one-head gt soft two-frame-heads teacher-on-frame"
 FIVE = ("python deit_video.py --shots 5 --epochs 300 --arms one-head gt soft teacher-on-frame "
         "teacher-on-linear --teacher-checkpoint runs/deit_video/toy-s1-seed0-*/teacher-last.pt")

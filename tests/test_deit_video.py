@@ -15,7 +15,7 @@ import common
 import deit_video
 import spatial_kd
 from common import BadInput, FusionHead, build_action_clip, one_vector, read_data
-from deit_video import ARMS, GRID, TwoHeaded, class_scores, main, soft_loss
+from deit_video import ARMS, TwoHeaded, class_scores, main, soft_loss
 
 FAST = ("--teacher", "toy-small:random", "--student", "toy-small:random", "--epochs", 2,
         "--workers", 0, "--batch-size", 16, "--frames", 4)
@@ -145,11 +145,11 @@ def test_attention_in_the_picture_is_that_of_the_network(toy):
         block.attn.register_forward_pre_hook(look, with_kwargs=True)
     clips = read_data(str(toy)).test
     video = common.Clips(clips, 4, model.side)[0, 2].video
-    model.encode_video(common.centre_crop([video], model.size))
+    pixels = common.centre_crop([video], model.size)
+    model.encode_video(pixels)
     assert len(looks) == 6
     mean = torch.stack(looks).mean(0)
-    found = torch.tensor(deit_video.attention(model, clips, 4, 2))
-    torch.testing.assert_close(found, mean / mean.sum())
+    torch.testing.assert_close(deit_video.attention(model, pixels), mean / mean.sum())
 
 
 # ---- what a teacher alone teaches
@@ -199,11 +199,10 @@ def test_every_arm_runs_and_is_read_out_three_ways(every, toy):
     assert list(found) == ["teacher", *ARMS]
     for name, r in found.items():
         two = name not in ("teacher", "one-head", "teacher-on-frame")
-        assert all((r[key] == r[key]) == two for key in ("token", "mean", "cosine"))  # else nan
+        assert all((r[key] == r[key]) == two for key in ("token", "mean"))  # else nan
         assert r["top1"] == (r["mean"] if two else r["frame"])
         assert r["backbone"] == "toy-small"
-        assert {"agree", "ms", "clips/s"} <= r.keys()
-    assert found["teacher"]["agree"] == 1
+        assert {"ms", "clips/s"} <= r.keys()
     assert found["gt"]["M"] - found["one-head"]["M"] == pytest.approx(96e-6)
     assert found["gt"]["GMAC"] > found["one-head"]["GMAC"] == found["two-frame-heads"]["GMAC"]
     log = rows(out)
@@ -284,7 +283,7 @@ def test_the_grid_of_the_thesis_is_labelled_by_the_command_that_it_names(toy, tm
     spatial_kd.main([*command, "--labeller", "toy-small:random", "--workers", "0"])
     found = go(*flags)
     names = ["base", "+swap", "+swap+spatial", "+swap+two-heads", "all-three"]
-    assert list(found) == list(GRID) == names
+    assert list(found) == names
     base, swap, spatial, two, three = ([r["M"], r["GMAC"]] for r in found.values())
     assert swap == spatial < two == three < base
     for row in rows(tmp_path):

@@ -401,15 +401,15 @@ def test_a_degraded_network_stops_after_one_epoch(coded, tmp_path, monkeypatch):
     """Its weights, not its BatchNorm; and after --resume, too"""
     weights, real = [], pkd_compressed.keep
 
-    def spy(row, rows, epochs, path, flags, about, parts):
+    def spy(row, rows, epochs, path, about, parts):
         if row["stage"] == "streams":
             nets = parts["streams"].nets
             weights.append({s: nn.utils.parameters_to_vector(nets[s].parameters()).detach().clone()
                             for s in STREAMS})
             if len(rows) == 1 and len(weights) == 2:
-                real(row, rows, epochs, path, flags, about, parts)
+                real(row, rows, epochs, path, about, parts)
                 raise KeyboardInterrupt
-        real(row, rows, epochs, path, flags, about, parts)
+        real(row, rows, epochs, path, about, parts)
 
     monkeypatch.setattr(pkd_compressed, "keep", spy)
     flags = ("--data", coded, *FAST, "--epochs", 3, "--order", "ce", "--degrade", "r", "--out",

@@ -311,19 +311,18 @@ def test_gmac_and_millions_are_those_of_the_tinyclip_page():
 
 
 def test_bad_clips_are_named_once_and_counted_as_wrong(toy, tmp_path, capsys):
-    """Here with the mean head and three windows of a clip."""
+    """Here with three windows of a clip."""
     folder = tmp_path / "some-bad"
     shutil.copytree(toy, folder)
     for name in ("train/0003.mp4", "test/0004.mp4"):
         (folder / name).write_text("no video")
-    found = go("--data", folder, *SMALL, "--out", tmp_path, "--fusion-layers", 0, "--sampling",
-               "dense", "--views", 3)
+    found = go("--data", folder, *SMALL, "--out", tmp_path, "--sampling", "dense", "--views", 3)
     printed = capsys.readouterr()
     for name in ("train/0003.mp4", "test/0004.mp4"):
         assert printed.err.count(f"cannot decode {folder / name}") == 1
     assert "\n24 test clips;" in printed.out
     assert "NOTE 2 clips cannot be decoded; test clips among them count as wrong" in printed.out
-    model = common.build_action_clip("toy-small", 0, checkpoint=next(tmp_path.rglob("small-*.pt")))
+    model = common.build_action_clip("toy-small", checkpoint=next(tmp_path.rglob("small-*.pt")))
     assert found["small"]["M"] == model.millions()
     assert found["small"]["GMAC"] == 3 * model.gmac(4)
     data = common.read_data(str(folder))
