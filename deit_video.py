@@ -221,7 +221,8 @@ def keep(row, rows, epochs, path, about, parts):
     if len(rows) == epochs:  # finished: no optimizer
         parts = {name: part for name, part in parts.items() if hasattr(part, "parameters")}
     if RANK == 0:
-        cells = [f"{k} {x:.4f}" if isinstance(x, float) else f"{k} {x}" for k, x in row.items()]
+        shown = [(k, x) for k, x in row.items() if not isinstance(x, dict)]
+        cells = [f"{k} {x:.4f}" if isinstance(x, float) else f"{k} {x}" for k, x in shown]
         print("  ".join(cells), flush=True)
         state = {name: part.state_dict() for name, part in parts.items()}
         common.save({**about, **state, "rows": rows}, path)

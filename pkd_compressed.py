@@ -210,7 +210,8 @@ def keep(row, rows, epochs, path, about, parts):
     if len(rows) == epochs:  # finished: no optimizer
         parts = {name: part for name, part in parts.items() if hasattr(part, "parameters")}
     if RANK == 0:
-        cells = [f"{k} {x:.4f}" if isinstance(x, float) else f"{k} {x}" for k, x in row.items()]
+        shown = [(k, x) for k, x in row.items() if not isinstance(x, dict)]
+        cells = [f"{k} {x:.4f}" if isinstance(x, float) else f"{k} {x}" for k, x in shown]
         print("  ".join(cells), flush=True)
         state = {name: part.state_dict() for name, part in parts.items()}
         common.save({**about, **state, "rows": rows}, path)
@@ -348,8 +349,7 @@ def train_exits(streams, exits, data, held, args, run):
         row.update({f"{order}-{stream}": x for (order, stream), x in means})
         row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
         if held and epoch + 1 in ends:
-            found = evaluate(streams, exits, held, data.bad, args)
-            row.update({f"held-out {name}": x for name, x in found.items()})
+            row["held-out"] = evaluate(streams, exits, held, data.bad, args)
         about = {"flags": vars(args), "classes": data.classes}
         keep(row, rows, args.exit_epochs, path, about, parts)
     return rows
@@ -384,12 +384,12 @@ def evaluate(streams, exits, clips, bad, args):
 def phases(log, args, path):
     """Draw top-1 of held-out clips where teachers change, mean of exits 1-3 -> rows"""
     rows, panels = [], {stream: {} for stream in STREAMS}
+    tested = [row for row in log if "held-out" in row]
     for stream, order in itertools.product(STREAMS, args.order):
         curve = []
-        for row in log:
-            top1 = [row.get(f"held-out {order}-{stream}{k}") for k in (1, 2, 3)]
-            if None not in top1:
-                curve.append((row["epoch"], sum(top1) / 3))
+        for row in tested:
+            top1 = [row["held-out"][f"{order}-{stream}{k}"] for k in (1, 2, 3)]
+            curve.append((row["epoch"], sum(top1) / 3))
         panels[stream][order] = curve
         columns = {f"epoch {epoch}": top1 for epoch, top1 in curve}
         rows.append({"exits of": stream, "order": order, **columns})
