@@ -62,19 +62,20 @@ class BadVideo(Exception):
 
 def run(main):
     """Run a script's main(). What a user can mend ends in one line and exit code 2."""
+    script = Path(sys.argv[0]).name
     try:
         main()
     except KeyboardInterrupt:
-        line, code = "interrupted; --resume goes on after the last finished epoch", 130
+        print(f"{script}: interrupted; --resume goes on after the last finished epoch",
+              file=sys.stderr)
+        sys.exit(130)
     except (BadInput, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader"):
             raise  # else a worker was killed or hangs
         # a mistake found by a worker stands at the end of its traceback
-        line, code = str(error).splitlines()[-1].removeprefix("common.BadInput: "), 2
-    else:
-        return
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: {line}\n")
-    sys.exit(code)
+        line = str(error).splitlines()[-1].removeprefix("common.BadInput: ")
+        print(f"{script}: {line}", file=sys.stderr)
+        sys.exit(2)
 
 
 def which_split(text):
@@ -83,27 +84,31 @@ def which_split(text):
 
 
 def several(main, argv, split, seeds):
-    """A script's main() once for each split, `all`: the three official ones, and each seed: prints
-    mean and standard deviation of every top-1. -> {name: [top-1, ...]}"""
+    """A script's main() for each split, `all`: the three official ones, and each seed. Prints mean
+    and standard deviation of every top-1. -> {name: [top-1, ...]}"""
+    argv = sys.argv[1:] if argv is None else argv
     found = {}
     for part, seed in itertools.product((1, 2, 3) if split == "all" else (split,), seeds):
-        more = ["--split", str(part), "--seed", str(seed), "--seeds"]  # of --seeds, none
-        for name, x in top1(main([*(sys.argv[1:] if argv is None else argv), *more])):
+        # --seeds without a value: none
+        results = main([*argv, "--split", str(part), "--seed", str(seed), "--seeds"])
+        for name, x in top1(results):
             found.setdefault(name, []).append(x)
-    for name, x in found.items() if os.environ.get("RANK", "0") == "0" else ():
-        each, sd = " ".join(map("{:.4f}".format, x)), np.std(x, ddof=min(1, len(x) - 1))
-        print(f"{name}: mean {np.mean(x):.4f} sd {sd:.4f} of {each}")
+    if os.environ.get("RANK", "0") == "0":
+        for name, x in found.items():
+            deviation = np.std(x, ddof=1) if len(x) > 1 else 0.
+            each = " ".join(map("{:.4f}".format, x))
+            print(f"{name}: mean {np.mean(x):.4f} sd {deviation:.4f} of {each}")
     return found
 
 
 def top1(results, before=""):
     """Yields (name, x) of each top-1 in a script's results, nested dicts"""
     for key, x in results.items():
-        name = f"{before} {key}".replace("top1", "").strip() or "top1"
+        name = f"{before} {key}"
         if isinstance(x, dict):
-            yield from top1(x, f"{before} {key}")
-        elif isinstance(x, float) and "top1" in f"{before} {key}":
-            yield name, x
+            yield from top1(x, name)
+        elif isinstance(x, float) and "top1" in name:
+            yield name.replace("top1", "").strip() or "top1", x
 
 
 @functools.cache
@@ -128,16 +133,20 @@ def renamed(path):
 
 
 def save(state, path):
-    """torch.save, whole or not at all, and no weight that is not finite. Raises BadInput."""
-    for name, held in state.items():
-        for key, x in held.items() if isinstance(held, dict) else ():
-            if torch.is_tensor(x) and not x.isfinite().all():
-                raise BadInput(f"{path} is not written: {key} of {name} is not finite; a lower "
-                               f"--lr may help")
+    """torch.save, whole or not at all. Raises BadInput, also for a weight that is not finite."""
+    for name, part in state.items():
+        if isinstance(part, dict):
+            check_finite(part, name, path)
     buffer = io.BytesIO()  # torch.save hides why it cannot write to a file
     torch.save(state, buffer)
     with renamed(path) as part:
         part.write_bytes(buffer.getbuffer())
+
+
+def check_finite(state, name, path):
+    for key, x in state.items():
+        if torch.is_tensor(x) and not x.isfinite().all():
+            raise BadInput(f"{path}: {key} of {name} is not finite")
 
 
 def read_saved(path, *keys):
@@ -330,86 +339,95 @@ def read_data(data, split=1, allow_missing=False, cache="runs/cache", toys="toy"
                       DIAGONALS, SHAPES, COLOURS, SCENES)
     if not root.is_dir():
         raise BadInput(f"--data {data}: no such folder; name a folder, or `toy`; {FORMATS}")
-    rows = train, test = _rows(root, split)
-    classes = sorted({name for _, name in train + test})
-    bare = sorted({name for _, name in test} - {name for _, name in train}) if train else []
-    listed = [{os.path.realpath(path) for path, _ in part} for part in rows]
-    missing = [str(path) for path, _ in train + test if not os.path.isfile(path)]
-    wrong = {"classes of the test list have no training clip": bare,
-             "clips are listed both for training and for testing": sorted(listed[0] & listed[1])}
-    if not allow_missing:
-        wrong[f"of {len(train + test)} listed clips are missing (see --allow-missing)"] = missing
-    for what, names in wrong.items():
+
+    def refuse(names, what):
         if names:
-            raise BadInput(f"{root}: {len(names)} {what}, first {', '.join(names[:3])}")
-    gone = set(map(Path, missing))
-    train, test = ([(str(path), classes.index(name)) for path, name in part if path not in gone]
-                   for part in rows)
+            raise BadInput(f"{root}: {len(names)} {what}, first {', '.join(sorted(names)[:3])}")
+
+    rows, test_rows = _rows(root, split)
+    missing = {path: name for path, name in rows + test_rows if not os.path.isfile(path)}
+    if not allow_missing:
+        count = len(rows + test_rows)
+        refuse(missing, f"of {count} listed clips are missing (see --allow-missing)")
+    classes = sorted({name for _, name in rows + test_rows})
+    train = [(path, classes.index(name)) for path, name in rows if path not in missing]
+    test = [(path, classes.index(name)) for path, name in test_rows if path not in missing]
     if not (train and test):
         raise BadInput(f"{root}: no {'test' if train else 'training'} clips; {len(missing)} listed "
                        f"clips are missing")
+    refuse({name for _, name in test_rows} - {name for _, name in rows},
+           "classes of the test list have no training clip")
+    trained = {os.path.realpath(path) for path, _ in train}
+    refuse(trained & {os.path.realpath(path) for path, _ in test},
+           "clips are listed both for training and for testing")
     official = [name.title().replace(" ", "") for name in classes]
-    return VideoData(Path(data).resolve().name, classes, train, test, missing,
+    return VideoData(Path(data).resolve().name, classes, train, test, list(missing),
                      official=official if (root / "ucfTrainTestlist").is_dir() else None)
 
 
 def _rows(root, split):
     """The lists of a folder as they stand there -> training and test [(path, class name)]"""
-    rows, parts = ([], []), ("train", "test")
-    hmdb, ucf = root / "testTrainMulti_7030_splits", root / "ucfTrainTestlist"
-    lists, plain = ([root / f"{part}{end}.csv" for part in parts] for end in (split, ""))
+    lists = [root / f"train{split}.csv", root / f"test{split}.csv"]
     if split == 1 and not all(map(Path.is_file, lists)):
-        lists = plain
-    folders = [root / part for part in parts]
-    if hmdb.is_dir():
-        files = sorted(hmdb.glob(f"*_test_split{split}.txt"))
-        if not files:
-            raise BadInput(f"{hmdb} lacks CLASS_test_split{split}.txt, HMDB51's official lists")
-        names = [path.name.rsplit("_", 2)[0] for path in files]  # brush_hair_test_split1.txt
-        gone = {path.name.rsplit("_", 2)[0] for path in hmdb.glob("*_test_split?.txt")} - {*names}
-        if gone:
-            raise BadInput(f"{hmdb} lacks the list of split {split} for {', '.join(sorted(gone))}")
-        home = root if any((root / name).is_dir() for name in names) else root / "hmdb51_org"
-        for path, name in zip(files, names, strict=True):  # 1 training, 2 test, 0 neither
-            text = path.read_text(errors="replace")
-            if not re.search(r"^.+ [012]\s*$", text, re.M):
-                raise BadInput(f"{path} lists no clip; each line is: name.avi 1 (2: test, 0: none)")
-            for clip, part in re.findall(r"^(.+) ([12])\s*$", text, re.M):
-                rows[int(part) - 1].append((home / name / clip, words(name)))
-    elif ucf.is_dir():
-        home = root / "UCF-101" if (root / "UCF-101").is_dir() else root
-        for row, part in zip(rows, parts, strict=True):
-            path = ucf / f"{part}list0{split}.txt"
-            if not path.is_file():
-                raise BadInput(f"{path} is missing, one of UCF101's official lists")
-            clips = re.findall(r"^\S+", path.read_text(errors="replace"), re.M)
-            row += [(home / clip, words(clip.split("/")[0])) for clip in clips]
-    elif all(map(Path.is_file, lists)):
+        lists = [root / "train.csv", root / "test.csv"]
+    folders = [root / "train", root / "test"]
+    if (root / "testTrainMulti_7030_splits").is_dir():
+        return _hmdb51_rows(root, split)
+    if (root / "ucfTrainTestlist").is_dir():
+        return _ucf101_rows(root, split)
+    if all(map(Path.is_file, lists)):
         return [_csv_rows(path) for path in lists]
-    elif split == 1 and all(map(Path.is_dir, folders)):
-        for row, folder in zip(rows, folders, strict=True):
-            for home in filter(Path.is_dir, sorted(folder.glob("[!.]*"))):
-                clips = list(filter(Path.is_file, sorted(home.glob("[!.]*"))))
-                if not clips:
-                    raise BadInput(f"{home} holds no clip; put some there or remove the folder")
-                row += [(clip, words(home.name)) for clip in clips]
-    else:
-        held = ", ".join(sorted(path.name for path in root.iterdir())[:4]) or "nothing"
-        raise BadInput(f"--data {root}: no data set with a split {split} is recognised there (it "
-                       f"holds {held}); {FORMATS}")
+    if split == 1 and all(map(Path.is_dir, folders)):
+        return [_folder_rows(folder) for folder in folders]
+    held = ", ".join(sorted(path.name for path in root.iterdir())[:4]) or "nothing"
+    raise BadInput(f"--data {root}: no data set with a split {split} is recognised there (it holds "
+                   f"{held}); {FORMATS}")
+
+
+def _official(path, pattern):
+    """What the lines of an official list hold. Raises BadInput."""
+    if not path.is_file():
+        raise BadInput(f"{path} is missing, one of the official lists")
+    found = re.findall(pattern, path.read_text(errors="replace"), re.M)
+    if not found:
+        raise BadInput(f"{path} lists no clip")
+    return found
+
+
+def _hmdb51_rows(root, split):
+    lists, rows = root / "testTrainMulti_7030_splits", ([], [])
+    home = root / "hmdb51_org" if (root / "hmdb51_org").is_dir() else root
+    names = {path.name.rsplit("_", 2)[0] for path in lists.glob("*_test_split?.txt")}
+    for name in sorted(names) or ["CLASS"]:
+        for clip, part in _official(lists / f"{name}_test_split{split}.txt", r"^(.+) ([012])\s*$"):
+            if part != "0":  # 1 training, 2 test, 0 neither
+                rows[int(part) - 1].append((str(home / name / clip), words(name)))
     return rows
+
+
+def _ucf101_rows(root, split):
+    home, rows = root / "UCF-101" if (root / "UCF-101").is_dir() else root, []
+    for part in ("train", "test"):
+        clips = _official(root / "ucfTrainTestlist" / f"{part}list0{split}.txt", r"^\S+")
+        rows.append([(str(home / clip), words(clip.split("/")[0])) for clip in clips])
+    return rows
+
+
+def _folder_rows(folder):
+    clips = [path for path in sorted(folder.glob("[!.]*/[!.]*")) if path.is_file()]
+    return [(str(path), words(path.parent.name)) for path in clips]
 
 
 def _csv_rows(path):
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = [(line["path"].strip(), line["label"].strip()) for line in csv.DictReader(file)]
-        if not all(itertools.chain(*rows)) or "\0" in "".join(itertools.chain(*rows)):
-            raise ValueError("an empty field, or a NUL byte")
+        if not all(label for _, label in rows):
+            raise ValueError("an empty label")
     except (ValueError, csv.Error, KeyError, AttributeError) as error:
         raise BadInput(f"{path}: no UTF-8 list with the header path,label and both in each line "
                        f"({error!r})") from None
-    return [(path.parent / clip, label) for clip, label in rows]
+    return [(str(path.parent / clip), label) for clip, label in rows]
 
 
 def split_unseen(data, count, seed=0):
@@ -425,11 +443,12 @@ def split_unseen(data, count, seed=0):
     unseen = sorted(np.random.default_rng([seed, 4]).choice(able, count, replace=False).tolist())
     seen = [name for name in data.classes if name not in unseen]
 
-    def part(chosen, classes, *parts):
+    def part(chosen, classes, train, test):
         ids = {data.classes.index(name): classes.index(name) for name in chosen}
-        train, test = ([(path, ids[k]) for path, k in clips if k in ids] for clips in parts)
-        return dataclasses.replace(data, name=f"{data.name}-unseen{count}", classes=classes,
-                                   train=train, test=test, unseen=unseen, official=None)
+        return dataclasses.replace(
+            data, name=f"{data.name}-unseen{count}", classes=classes, unseen=unseen, official=None,
+            train=[(path, ids[k]) for path, k in train if k in ids],
+            test=[(path, ids[k]) for path, k in test if k in ids])
 
     parts = {"": part(seen, seen, data.train, data.test),
              "_unseen": part(unseen, unseen, [], data.test),
@@ -444,8 +463,9 @@ def hold_out(data, share, seed=0):
     without them, and these clips [(path, label)]"""
     rng, held = np.random.default_rng([seed, 7]), set()
     for k in sorted({label for _, label in data.train}):
-        own = list(dict.fromkeys(path for path, label in data.train if label == k))
-        held |= set(rng.permutation(own)[:min(len(own) - 1, round(share * len(own)))].tolist())
+        own = [path for path, label in data.train if label == k]
+        count = min(len(own) - 1, round(share * len(own)))
+        held |= set(rng.permutation(own)[:count].tolist())
     rest = [clip for clip in data.train if clip[0] not in held]
     return dataclasses.replace(data, train=rest), [clip for clip in data.train if clip[0] in held]
 
@@ -470,7 +490,8 @@ def noisy_labels(data, share, seed=0):
         return data
     rng, train, K = np.random.default_rng([seed, 9]), list(data.train), len(data.classes)
     for i in rng.permutation(len(train))[:round(share * len(train))]:
-        train[i] = train[i][0], int(train[i][1] + rng.integers(1, K)) % K
+        path, label = train[i]
+        train[i] = path, int(label + rng.integers(1, K)) % K
     return dataclasses.replace(data, name=f"{data.name}-noise{share:g}", train=train)
 
 
@@ -1266,11 +1287,9 @@ def load_strictly(module, state, path, name):
     try:
         module.load_state_dict(state)
     except Exception as error:  # of other kinds where the file is another kind of file
-        what, *_ = str(error).splitlines()[1:2] or [repr(error)]  # the first of what differs
-        raise BadInput(f"{path} does not fit {name}: {what.strip():.300}") from error
-    for key, weight in module.state_dict().items() if hasattr(module, "parameters") else ():
-        if not weight.isfinite().all():
-            raise BadInput(f"{path}: {key} of {name} has values that are not finite")
+        what = str(error).splitlines()[1:2] or [repr(error)]  # the first of what differs
+        raise BadInput(f"{path} does not fit {name}: {what[0].strip():.300}") from error
+    check_finite(module.state_dict(), name, path)
 
 
 @functools.cache
