@@ -565,17 +565,22 @@ def video_index(path):
             if packet.size <= (codec == "mpeg4") or packet.is_discard:  # XviD's lead-in has a byte
                 continue
             pts.append(packet.pts)
-            keys += [packet.pts] if packet.is_keyframe else []
+            if packet.is_keyframe:
+                keys.append(packet.pts)
             kinds += [code[0] >> 6 for code in VOP.findall(bytes(packet))]
             cut = packet.is_corrupt
         reorders, count = stream.codec_context.has_b_frames, len(pts)
-    if cut or not pts:
-        raise BadVideo(path, "it was cut off: its last packet is incomplete" if cut else
-                       "the video stream holds no frame")
-    unfit = f"its codec is {codec}, not MPEG-4 part 2"
-    if codec == "mpeg4":
-        unfit = "it has B-frames" if 2 in kinds else \
-            "it has global motion compensation" if 3 in kinds else ""
+    if cut:
+        raise BadVideo(path, "it was cut off: its last packet is incomplete")
+    if not pts:
+        raise BadVideo(path, "the video stream holds no frame")
+    unfit = ""
+    if codec != "mpeg4":
+        unfit = f"its codec is {codec}, not MPEG-4 part 2"
+    elif 2 in kinds:
+        unfit = "it has B-frames"
+    elif 3 in kinds:
+        unfit = "it has global motion compensation"
     vague = form.startswith("mpeg") or None in pts or len(set(pts)) < count  # TS, PS; raw streams
     vague = vague or (form == "avi" and (reorders or codec != "mpeg4"))  # an index may be wrong
     if not vague and not (reorders and pts == sorted(pts)):
@@ -599,7 +604,8 @@ def decode(path, indices, seek=True, export=None):
     frames that no other refers to. export: options of the decoder, which then exports motion
     vectors. Raises BadVideo, also where decoding cannot start at a keyframe and where the frame
     size changes."""
-    index, at, size, frame, frames, needed = video_index(str(path)), -1, None, None, None, None
+    index, at, frames = video_index(str(path)), -1, None
+    size = needed = None
     if not 0 <= min(indices) <= max(indices) < index.count:
         raise BadVideo(path, f"it has {index.count} frames, none for all of {list(indices)}")
     with open_video(path) as (container, stream):
@@ -613,27 +619,34 @@ def decode(path, indices, seek=True, export=None):
             if frames is None or key > at + 1:
                 if key:
                     container.seek(int(index.pts[key]), stream=stream)
-                at, frames, start = key - 1, _pictures(container, stream, needed), key
-            while at < i and (found := next(frames, None)):
-                pts, frame = found
-                counted = index.pts is None or pts is None
-                new = at + 1 if counted else int(index.pts.searchsorted(pts))
-                if new <= at:
-                    continue
-                at = new
-                if start and (at > start or frame.is_corrupt or frame.pict_type != PictureType.I):
-                    raise BadVideo(path, f"decoding cannot start at frame {start}")
-                start, size = 0, size or (frame.width, frame.height)
+                at, frames = key - 1, _numbered(path, _pictures(container, stream, needed), key)
+            while at < i:
+                at, frame = next(frames)
+                size = size or (frame.width, frame.height)
                 if size != (frame.width, frame.height):
                     raise BadVideo(path, f"the frame size changes from {size}")
                 yield at, frame
-            if at < i and (start or not index.count - 3 <= at > -1):
-                raise BadVideo(path, f"decoding ends after frame {at} of {index.count}")
-            while at < i:  # decoders lose up to two frames at the end
-                at += 1
-                yield at, frame
             if at > i:
                 raise BadVideo(path, f"frame {i} of {index.count} is missing or out of order")
+
+
+def _numbered(path, pictures, key):
+    """Yields (position, frame) of `pictures` from keyframe `key` on, in rising order, one for each
+    position up to the end. Raises BadVideo."""
+    index, at = video_index(str(path)), key - 1
+    for pts, frame in pictures:
+        counted = index.pts is None or pts is None
+        new = at + 1 if counted else int(index.pts.searchsorted(pts))
+        if new <= at:
+            continue
+        if 0 <= at < key and (new > key or frame.is_corrupt or frame.pict_type != PictureType.I):
+            raise BadVideo(path, f"decoding cannot start at frame {key}")
+        at = new
+        yield at, frame
+    if at < max(key, index.count - 3):
+        raise BadVideo(path, f"decoding ends after frame {at} of {index.count}")
+    for lost in range(at + 1, index.count):  # decoders lose up to two frames at the end
+        yield lost, frame
 
 
 def _pictures(container, stream, needed=None):
@@ -666,14 +679,17 @@ def either_way(path, read):
         raise BadVideo(path, f"its pixels cannot be converted ({error})") from error
 
 
-def to_picture(frame, side=None, enlarge=True, converter=None):
-    """A decoded frame -> uint8 (3, H, W), RGB, upright; side, enlarge: as in read_frames"""
-    size = frame.width, frame.height
-    resize = side and (enlarge or side < min(size))
-    scaled = [max(1, round(a * side / min(size))) for a in size] if resize else size
-    picture = (converter or VideoReformatter()).reformat(
-        frame, *scaled, "rgb24", threads=1, interpolation=Interpolation.BICUBIC if resize
-        else Interpolation.BILINEAR).to_ndarray()
+CONVERTER = VideoReformatter()  # keeps what it has prepared for frames of the same size
+
+
+def to_picture(frame, side=None, enlarge=True):
+    """A decoded frame -> uint8 (3, H, W), RGB, upright. side: its shorter side in pixels, resized
+    (bicubic) on the way to RGB; not enlarge: at most."""
+    size, how = (frame.width, frame.height), Interpolation.BILINEAR
+    if side and (enlarge or side < min(size)):
+        size = [max(1, round(a * side / min(size))) for a in size]
+        how = Interpolation.BICUBIC
+    picture = CONVERTER.reformat(frame, *size, "rgb24", interpolation=how, threads=1).to_ndarray()
     matrix = SideDataContainer(frame).get("DISPLAYMATRIX")  # frame.rotation knows no mirrors
     if matrix is not None:
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]
@@ -684,13 +700,11 @@ def to_picture(frame, side=None, enlarge=True, converter=None):
 
 
 def read_frames(path, indices, side=None, enlarge=True):
-    """Decode the frames at `indices` (any order, repeats allowed) -> uint8 (T, 3, H, W), upright.
-    side: the shorter side in pixels, resized (bicubic) on the way to RGB; not enlarge: at most.
-    Raises BadVideo."""
+    """Decode the frames at `indices` (any order, repeats allowed) -> uint8 (T, 3, H, W), as
+    to_picture gives them. Raises BadVideo."""
     def read(seek):
-        converter, frames = VideoReformatter(), decode(path, indices, seek)
-        pairs = ((at, frame) for at, frame in frames if at in wanted)
-        return {at: to_picture(frame, side, enlarge, converter) for at, frame in pairs}
+        return {at: to_picture(frame, side, enlarge)
+                for at, frame in decode(path, indices, seek) if at in wanted}
 
     wanted = set(map(int, indices))
     pictures = either_way(path, read)
@@ -710,17 +724,16 @@ def read_stream(source):
     t, before, seen, cut = 0., None, 0, False
     with open_video(source, name, format=form, options=options) as (container, stream):
         for packet in container.demux(stream):
-            seen += packet.size > 0
-            cut = packet.is_corrupt if packet.size else cut
+            if packet.size:
+                seen, cut = seen + 1, packet.is_corrupt
             try:
                 frames = packet.decode()
             except av.error.InvalidDataError:
                 continue
-            lasts = 1 / float(stream.guessed_rate or 25)
             for frame in frames:
                 if before is not None:
                     passed = 0 if frame.time is None else frame.time - before
-                    t += passed if 0 < passed < 10 else lasts
+                    t += passed if 0 < passed < 10 else 1 / float(stream.guessed_rate or 25)
                 before = frame.time or 0.
                 yield t, frame
         declared = stream.frames if "mp4" in container.format.name else 0  # others may be wrong
@@ -753,7 +766,7 @@ def p_frames(path):
 class Coded(NamedTuple):
     """S frames of a clip as they are stored. intra, frame: their I-frames and they themselves,
     uint8 (S, 3, H, W), or None; motion: int16 (S, 2, h, w), x and y in quarters of a pixel, at
-    every 4th pixel; size: (H, W)."""
+    the middle of each block of 4 x 4 pixels; size: (H, W)."""
     intra: torch.Tensor | None
     frame: torch.Tensor | None
     motion: torch.Tensor
@@ -764,12 +777,10 @@ class Coded(NamedTuple):
         return Coded(*moved, self.size)
 
 
-def read_compressed(path, indices, pictures=True, whole=False, step=4):
+def read_compressed(path, indices, pictures=True):
     """Decode the frames at `indices` with their I-frames and the motion between the two, MV above
     (of an I-frame: 0), in one pass over each GOP -> Coded. pictures=False: motion alone, faster.
-    whole: truncate vectors to whole pixels as CoViAR does. step: trace the middle of each step x
-    step block. Raises BadVideo, also for what VideoIndex.unfit names and if interlaced or
-    turned."""
+    Raises BadVideo, also for what VideoIndex.unfit names and if interlaced or turned."""
     if reason := video_index(str(path)).unfit:
         raise BadVideo(path, f"{reason}: re-encode it")
     export = {} if pictures else {"skip_idct": "all", "skip_loop_filter": "all"}
@@ -799,16 +810,16 @@ def read_compressed(path, indices, pictures=True, whole=False, step=4):
     vectors, *rgb = zip(*[found[int(i)] for i in indices], strict=True)
     rgb = [torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2) for part in rgb]
     intra, frame = rgb or (None, None)
-    return Coded(intra, frame, torch.from_numpy(_trace(vectors, *size, whole, step)), size)
+    return Coded(intra, frame, torch.from_numpy(_trace(vectors, *size)), size)
 
 
-def _trace(samples, H, W, whole, step):
+def _trace(samples, H, W):
     """MV of S frames, each given by the vectors of its P-frames, bytes, oldest first -> int16 (S,
     2, h, w)"""
     S, P = len(samples), max(1, *map(len, samples))
     padded = [[b""] * (P - len(own)) + own for own in samples]  # no vectors: nothing moves
-    fields = _fields(list(itertools.chain(*padded)), H, W, whole).reshape(2, S, P, -1)
-    y, x = np.mgrid[step // 2:H + step // 2:step, step // 2:W + step // 2:step].astype(np.int16)
+    fields = _fields(list(itertools.chain(*padded)), H, W).reshape(2, S, P, -1)
+    y, x = np.mgrid[2:H + 2:4, 2:W + 2:4].astype(np.int16)
     start = 4 * np.stack([np.minimum(x, W - 1), np.minimum(y, H - 1)])[:, None] + np.int16(2)
     at, border = start.repeat(S, 1), np.array([4 * W - 2, 4 * H - 2], np.int16)
     for p in reversed(range(P)):  # newest first, back to the I-frame
@@ -819,7 +830,7 @@ def _trace(samples, H, W, whole, step):
     return (start - at).swapaxes(0, 1)
 
 
-def _fields(frames, H, W, whole):
+def _fields(frames, H, W):
     """The vectors of P-frames -> int16 (2, P, h, w), one per cell of 8 x 8 pixels, in quarters of a
     pixel: where the content of the cell was in the frame before"""
     v = np.frombuffer(b"".join(frames), VECTORS)
@@ -829,19 +840,17 @@ def _fields(frames, H, W, whole):
     x, y = v["dst_x"] - v["w"] // 2, v["dst_y"] - v["h"] // 2
     cell = (frame * h + (y >> 3)) * w + (x >> 3)  # a block's first one
     motion = np.stack([v["x"], v["y"]]).astype(np.int16) * np.int16(4 // v["scale"].max(initial=1))
-    if whole:
-        motion = 4 * np.stack([v["src_x"] - v["dst_x"], v["src_y"] - v["dst_y"]])
     out[:, cell] = motion
     for part, more in ((wide, 1), (high, w), (wide & high, w + 1)):  # 8 or 16 pixels a side
         out[:, cell[part] + more] = motion[:, part]
     return out.reshape(2, len(frames), h, w)
 
 
-def modalities(coded, step=4):
+def modalities(coded):
     """Coded -> mv (S, 2, H, W), in pixels; r = F - I(A) (S, 3, H, W), whole numbers of -255..255; i
     uint8 (S, 3, H, W). Exactly: F = round(warp(i, mv)) + r. Without pictures: (mv,)"""
     H, W = coded.size
-    mv = coded.motion.repeat_interleave(step, -1).repeat_interleave(step, -2)[..., :H, :W] / 4
+    mv = coded.motion.repeat_interleave(4, -1).repeat_interleave(4, -2)[..., :H, :W] / 4
     if coded.frame is None:
         return (mv,)
     return mv, coded.frame - warp(coded.intra, mv).round(), coded.intra
