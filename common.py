@@ -18,7 +18,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import tempfile
 import zlib
@@ -44,6 +43,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import draw_bounding_boxes
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 
 # ---- errors and files ----------------------------------------------------------------------------
 
@@ -66,8 +68,7 @@ def run(main):
     try:
         main()
     except KeyboardInterrupt:
-        print(f"{script}: interrupted; --resume goes on after the last finished epoch",
-              file=sys.stderr)
+        print(f"{script}: interrupted; --resume goes on from the last epoch", file=sys.stderr)
         sys.exit(130)
     except (BadInput, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader"):
@@ -84,16 +85,15 @@ def which_split(text):
 
 
 def several(main, argv, split, seeds):
-    """A script's main() for each split, `all`: the three official ones, and each seed. Prints mean
-    and standard deviation of every top-1. -> {name: [top-1, ...]}"""
-    argv = sys.argv[1:] if argv is None else argv
-    found = {}
+    """A script's main() for each seed and split (`all`: 1 to 3). Prints mean and standard deviation
+    of every top-1. -> {name: [top-1, ...]}"""
+    argv, found = sys.argv[1:] if argv is None else argv, {}
     for part, seed in itertools.product((1, 2, 3) if split == "all" else (split,), seeds):
         # --seeds without a value: none
         results = main([*argv, "--split", str(part), "--seed", str(seed), "--seeds"])
         for name, x in top1(results):
             found.setdefault(name, []).append(x)
-    if os.environ.get("RANK", "0") == "0":
+    if RANK == 0:
         for name, x in found.items():
             deviation = np.std(x, ddof=1) if len(x) > 1 else 0.
             each = " ".join(map("{:.4f}".format, x))
@@ -109,11 +109,6 @@ def top1(results, before=""):
             yield from top1(x, name)
         elif isinstance(x, float) and "top1" in name:
             yield name.replace("top1", "").strip() or "top1", x
-
-
-@functools.cache
-def say_once(text):
-    print(text, file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -157,8 +152,7 @@ def read_saved(path, *keys):
             _ = saved[key]
         return saved
     except Exception as error:  # torch.load raises many kinds
-        raise BadInput(f"{path} was cut off, or is another kind of file ({type(error).__name__}); "
-                       f"remove it, and the script that writes it starts anew") from error
+        raise BadInput(f"{path} was cut off or is another kind of file: remove it") from error
 
 
 # ---- toy clips -----------------------------------------------------------------------------------
@@ -221,7 +215,7 @@ def toy_clip(truth, frames=16, pixels=64):
 
 
 def write_video(path, frames, fps=24, codec="mpeg4", pix_fmt="yuv420p", **options):
-    """Encode uint8 frames (N, H, W, 3), every 12th an I-frame, others P; options: the codec's."""
+    """Encode uint8 frames (N, H, W, 3), every 12th an I-frame, others P."""
     options = {"g": "12", "bf": "0", "qmin": "2", "qmax": "4", **options}
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps, options=options)
@@ -238,8 +232,10 @@ def make_toy_folder(folder, train=1200, test=300, seed=0, pairs=False, motions=t
     vector per 8 pixels."""
     rng, truths = np.random.default_rng(seed), {}
     shape, options = ((24, 96), {"flags": "+mv4"}) if pairs else ((16, 64), {})
-    parts = [("train", train, "train1"), ("test", test, "test1"), ("swapped", test, "test2")]
-    for part, count, name in parts[:2 if pairs else 3]:
+    parts = [("train", train, ["train1", "train2"]), ("test", test, ["test1"])]
+    if not pairs:
+        parts.append(("swapped", test, ["test2"]))
+    for part, count, lists in parts:
         (folder / part).mkdir(parents=True)
         rows = [("path", "label")]
         for i in range(count):
@@ -255,10 +251,9 @@ def make_toy_folder(folder, train=1200, test=300, seed=0, pairs=False, motions=t
             write_video(folder / clip, toy_clip(truth, *shape), **options)
             truths[clip] = truth
             rows.append((clip, label))
-        with open(folder / f"{name}.csv", "w", newline="") as file:
-            csv.writer(file).writerows(rows)
-    if not pairs:
-        shutil.copy(folder / "train1.csv", folder / "train2.csv")
+        for name in lists:
+            with open(folder / f"{name}.csv", "w", newline="") as file:
+                csv.writer(file).writerows(rows)
     (folder / "toy_truth.json").write_text(json.dumps(truths, indent=0))
 
 
@@ -285,9 +280,9 @@ def cached(cache, name, make, *sources):
 
 @dataclasses.dataclass
 class VideoData:
-    """train, test: lists of (path, class index); classes: K names in words; missing: listed clips
-    that do not exist; unseen: classes held out of training; official: the names as in ActionCLIP's
-    lists; bad: {path: reason} of clips that cannot be decoded, filled by loaders."""
+    """train, test: [(path, class index)]; classes: K names in words; missing: listed clips that do
+    not exist; unseen: classes held out of training; official: names as in ActionCLIP's lists; bad:
+    {path: reason} of clips that cannot be decoded, filled by loaders."""
     name: str
     classes: list
     train: list
@@ -330,8 +325,7 @@ def words(name):
 
 def read_data(data, split=1, allow_missing=False, cache="runs/cache", toys="toy"):
     """Read the lists of `toy` (one of TOYS) or of a folder in one of FORMATS -> VideoData. Labels
-    come from class names, never from ids in a list. Raises BadInput for an unknown format, missing
-    clips, an empty list, a class without training clips and a clip on both lists."""
+    come from class names, never from ids in a list. Raises BadInput."""
     root = Path(data)
     if data == "toy":
         root = cached(cache, toys, functools.partial(make_toy_folder, **TOYS[toys]), TOYS[toys],
@@ -353,8 +347,8 @@ def read_data(data, split=1, allow_missing=False, cache="runs/cache", toys="toy"
     train = [(path, classes.index(name)) for path, name in rows if path not in missing]
     test = [(path, classes.index(name)) for path, name in test_rows if path not in missing]
     if not (train and test):
-        raise BadInput(f"{root}: no {'test' if train else 'training'} clips; {len(missing)} listed "
-                       f"clips are missing")
+        what = "test" if train else "training"
+        raise BadInput(f"{root}: no {what} clips, {len(missing)} listed clips are missing")
     refuse({name for _, name in test_rows} - {name for _, name in rows},
            "classes of the test list have no training clip")
     trained = {os.path.realpath(path) for path, _ in train}
@@ -380,8 +374,7 @@ def _rows(root, split):
     if split == 1 and all(map(Path.is_dir, folders)):
         return [_folder_rows(folder) for folder in folders]
     held = ", ".join(sorted(path.name for path in root.iterdir())[:4]) or "nothing"
-    raise BadInput(f"--data {root}: no data set with a split {split} is recognised there (it holds "
-                   f"{held}); {FORMATS}")
+    raise BadInput(f"--data {root} holds {held}: no data set with a split {split}; {FORMATS}")
 
 
 def _official(path, pattern):
@@ -425,21 +418,19 @@ def _csv_rows(path):
         if not all(label for _, label in rows):
             raise ValueError("an empty label")
     except (ValueError, csv.Error, KeyError, AttributeError) as error:
-        raise BadInput(f"{path}: no UTF-8 list with the header path,label and both in each line "
-                       f"({error!r})") from None
+        raise BadInput(f"{path} is no UTF-8 list with path,label above and in each line") from error
     return [(str(path.parent / clip), label) for clip, label in rows]
 
 
 def split_unseen(data, count, seed=0):
     """Hold `count` classes, drawn by the seed (toys: diagonals), out of training. -> {"": the other
-    classes, renumbered; "_unseen": the test clips of the held-out classes, to classify among these;
-    "_unseen_all": the same, among all}; count 0: {"": data}. Raises BadInput."""
+    classes, renumbered; "_unseen": test clips of the held-out classes, to classify among these;
+    "_unseen_all": the same, among all}. Raises BadInput."""
     if not count:
         return {"": data}
     able = [name for name in data.classes if name in DIAGONALS] or data.classes
     if not 2 <= count <= min(len(able), len(data.classes) - 2):
-        raise BadInput(f"--unseen {count}: of {data.name}'s {len(data.classes)} classes, two must "
-                       f"be left on either side and {len(able)} can be held out")
+        raise BadInput(f"--unseen {count} of {len(able)} classes: two must be left on either side")
     unseen = sorted(np.random.default_rng([seed, 4]).choice(able, count, replace=False).tolist())
     seen = [name for name in data.classes if name not in unseen]
 
@@ -459,8 +450,8 @@ def split_unseen(data, count, seed=0):
 
 
 def hold_out(data, share, seed=0):
-    """Take that share of each class's training clips, drawn by the seed, out of training. -> data
-    without them, and these clips [(path, label)]"""
+    """Take a share of each class's training clips, drawn by the seed, out of training. -> data, and
+    these clips [(path, label)]"""
     rng, held = np.random.default_rng([seed, 7]), set()
     for k in sorted({label for _, label in data.train}):
         own = [path for path, label in data.train if label == k]
@@ -471,8 +462,7 @@ def hold_out(data, share, seed=0):
 
 
 def few_shot(data, shots, seed=0):
-    """Keep `shots` training clips of each class, drawn by the seed; 0: all. Raises BadInput where a
-    class has fewer."""
+    """Keep `shots` training clips of each class, drawn by the seed; 0: all. Raises BadInput."""
     if not shots:
         return data
     rng, kept = np.random.default_rng([seed, 8]), []
@@ -485,7 +475,7 @@ def few_shot(data, shots, seed=0):
 
 
 def noisy_labels(data, share, seed=0):
-    """Replace that share of the training labels, drawn by the seed, by other classes."""
+    """Replace a share of the training labels, drawn by the seed, by other classes."""
     if not share:
         return data
     rng, train, K = np.random.default_rng([seed, 9]), list(data.train), len(data.classes)
@@ -514,7 +504,8 @@ def dense_indices(count, frames, rng=None, views=1):
     N=count; with rng one window at random (training), else `views` evenly spaced; 1: central"""
     last = max(0, count - 128)
     starts = [last // 2] if views == 1 else np.linspace(0, last, views).astype(int)
-    starts = starts if rng is None else [rng.integers(last + 1)]
+    if rng is not None:
+        starts = [rng.integers(last + 1)]
     return (np.array(starts)[:, None] + np.arange(frames) * max(1, 128 // frames)) % count
 
 
@@ -534,8 +525,7 @@ def open_video(path, source=None, **options):
     try:
         # HMDB51 has a file whose metadata are not UTF-8
         with av.open(source, metadata_errors="replace", **options) as container:
-            covers = av.stream.Disposition.attached_pic
-            streams = [s for s in container.streams.video if not s.disposition & covers]
+            streams = container.streams.video
             if not streams or streams[0].codec_context is None:
                 raise BadVideo(path, "no video stream, or one of an unknown codec")
             streams[0].thread_count = 1  # loader workers are the threads
@@ -599,11 +589,9 @@ def video_index(path):
 
 
 def decode(path, indices, seek=True, export=None):
-    """Decode what `indices` need in one pass -> yields (position, frame) of frames on the way.
-    Seeks (unless seek=False) where a keyframe lies before the next of `indices`, and then spares
-    frames that no other refers to. export: options of the decoder, which then exports motion
-    vectors. Raises BadVideo, also where decoding cannot start at a keyframe and where the frame
-    size changes."""
+    """Decode what `indices` need in one pass -> yields (position, frame) of frames on the way. With
+    `seek`, from the last keyframe before each of `indices`, and without frames that no other refers
+    to. export: options of the decoder, which then exports motion vectors. Raises BadVideo."""
     index, at, frames = video_index(str(path)), -1, None
     size = needed = None
     if not 0 <= min(indices) <= max(indices) < index.count:
@@ -631,8 +619,7 @@ def decode(path, indices, seek=True, export=None):
 
 
 def _numbered(path, pictures, key):
-    """Yields (position, frame) of `pictures` from keyframe `key` on, in rising order, one for each
-    position up to the end. Raises BadVideo."""
+    """Yields (position, frame) of `pictures` from keyframe `key` on, up to the end of the file."""
     index, at = video_index(str(path)), key - 1
     for pts, frame in pictures:
         counted = index.pts is None or pts is None
@@ -717,7 +704,7 @@ def read_stream(source):
     since the first frame, frame). Where timestamps are missing or jump, a frame lasts 1 / the
     stated rate. Damaged packets are skipped. Raises BadVideo, also where a file ends early."""
     form, _, name = source.partition(":")
-    if form not in ("avfoundation", "dshow", "lavfi", "v4l2"):
+    if form not in ("avfoundation", "dshow"):
         form = "v4l2" if source.startswith("/dev/video") else None
         name = "pipe:0" if source == "-" else source
     options = {"framerate": "30"} if form == "avfoundation" else {}  # its default fits few cameras
@@ -766,7 +753,7 @@ def p_frames(path):
 class Coded(NamedTuple):
     """S frames of a clip as they are stored. intra, frame: their I-frames and they themselves,
     uint8 (S, 3, H, W), or None; motion: int16 (S, 2, h, w), x and y in quarters of a pixel, at
-    the middle of each block of 4 x 4 pixels; size: (H, W)."""
+    every 4th pixel; size: (H, W)."""
     intra: torch.Tensor | None
     frame: torch.Tensor | None
     motion: torch.Tensor
@@ -779,8 +766,7 @@ class Coded(NamedTuple):
 
 def read_compressed(path, indices, pictures=True):
     """Decode the frames at `indices` with their I-frames and the motion between the two, MV above
-    (of an I-frame: 0), in one pass over each GOP -> Coded. pictures=False: motion alone, faster.
-    Raises BadVideo, also for what VideoIndex.unfit names and if interlaced or turned."""
+    (of an I-frame: 0) -> Coded. pictures=False: motion alone, faster. Raises BadVideo."""
     if reason := video_index(str(path)).unfit:
         raise BadVideo(path, f"{reason}: re-encode it")
     export = {} if pictures else {"skip_idct": "all", "skip_loop_filter": "all"}
@@ -814,8 +800,7 @@ def read_compressed(path, indices, pictures=True):
 
 
 def _trace(samples, H, W):
-    """MV of S frames, each given by the vectors of its P-frames, bytes, oldest first -> int16 (S,
-    2, h, w)"""
+    """The vectors of each frame's P-frames, bytes, oldest first -> MV, int16 (S, 2, h, w)"""
     S, P = len(samples), max(1, *map(len, samples))
     padded = [[b""] * (P - len(own)) + own for own in samples]  # no vectors: nothing moves
     fields = _fields(list(itertools.chain(*padded)), H, W).reshape(2, S, P, -1)
@@ -866,13 +851,12 @@ def warp(i, mv):
 
 
 def reencode(path, out):
-    """Write a video in CoViAR's form to `out`: MPEG-4 part 2, 340 x 256, upright, an I-frame at
-    least every 12 frames, no B-frames, quantiser 2 (FFmpeg's -q:v 1), constant rate. Raises
-    BadVideo."""
+    """Write a video in CoViAR's form: MPEG-4 part 2, 340 x 256, upright, an I-frame at least every
+    12 frames, no B-frames, quantiser 2 (FFmpeg's -q:v 1), constant rate. Raises BadVideo."""
     count = video_index(str(path)).count
     with av.open(f"file:{out}", "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=25, options={
-            "g": "12", "bf": "0", "qmin": "2", "qmax": "2"})
+        options = {"g": "12", "bf": "0", "qmin": "2", "qmax": "2"}
+        stream = container.add_stream("mpeg4", rate=25, options=options)
         stream.width, stream.height, stream.pix_fmt = 340, 256, "yuv420p"
         stream.thread_count = 1  # the same file on any machine
         for i, frame in decode(path, range(count), seek=False):
@@ -889,7 +873,7 @@ def reencode(path, out):
 
 
 def coded_copy(path, folder):
-    """Path of a clip's copy in CoViAR's form, in `folder`, made if need be. Raises BadVideo."""
+    """Path of a clip's copy in CoViAR's form, made if need be. Raises BadVideo."""
     number = zlib.crc32(os.path.abspath(path).encode())
     out = Path(folder) / Path(path).parent.name / f"{Path(path).stem}-{number:08x}.mp4"
     if not out.exists() or out.stat().st_mtime < os.path.getmtime(path):
@@ -975,7 +959,8 @@ class ClipOrder(torch.utils.data.Sampler):
         return self.count // self.batch if self.train else -(-self.count // self.batch)
 
     def __iter__(self):
-        return itertools.chain.from_iterable(map(self.batches, self.epochs))
+        for epoch in self.epochs:
+            yield from self.batches(epoch)
 
     def batches(self, epoch):
         rng = np.random.default_rng([self.seed, epoch])
@@ -995,10 +980,7 @@ class ClipLoader(torch.utils.data.DataLoader):
     cannot be decoded go into `bad`, {path: reason}, and are named once on stderr. Raises BadInput
     when they are more than ten and more than 1 % of the clips."""
 
-    def __init__(self, clips, batch, workers=0, rank=0, world=None, bad=None):
-        if world is None:
-            live = dist.is_initialized()
-            rank, world = (dist.get_rank(), dist.get_world_size()) if live else (0, 1)
+    def __init__(self, clips, batch, workers=0, rank=RANK, world=WORLD, bad=None):
         if clips.train:
             batch = min(batch, len(clips)) // world * world
         if not batch:
@@ -1006,8 +988,7 @@ class ClipLoader(torch.utils.data.DataLoader):
         self.order = ClipOrder(len(clips), batch, clips.train, clips.seed, rank, world)
         self.bad, self.lost = {} if bad is None else bad, set()  # of several loaders, of this one
         if clips.train and len(self.order) < 10:
-            say_once(f"{len(clips)} training clips in batches of {batch}: an epoch has only "
-                     f"{len(self.order)} steps; a smaller --batch-size may learn more")
+            print(f"only {len(self.order)} steps an epoch: lower --batch-size", file=sys.stderr)
         super().__init__(clips, batch_sampler=self.order, num_workers=workers,
                          timeout=600 if workers else 0,  # a full /dev/shm hangs
                          persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
@@ -1022,8 +1003,8 @@ class ClipLoader(torch.utils.data.DataLoader):
                 self.lost.add(path)
             stuck = self.dataset.train and -1 in batch.label
             if stuck or len(self.lost) > max(10, .01 * len(self.dataset)):
-                raise BadInput(f"{len(self.lost)} of {len(self.dataset)} clips cannot be decoded, "
-                               f"last {list(self.bad)[-1]}; take them off the list")
+                share = f"{len(self.lost)} of {len(self.dataset)}"
+                raise BadInput(f"{share} clips cannot be decoded, last {path}")
             yield batch
 
     def epochs(self, first, last):
@@ -1033,16 +1014,16 @@ class ClipLoader(torch.utils.data.DataLoader):
             yield epoch, itertools.islice(batches, len(self))
 
     def mean(self, values, epoch):
-        """Values (n,) of each batch of an epoch, a list -> their means. Raises BadInput, with the
-        clips of the first batch of which a value is not finite."""
+        """Values (n,) of each batch of an epoch, a list -> their means. Raises BadInput, with clips
+        of the first batch of which a value is not finite."""
         values = torch.stack(values)
-        broken = (~values.isfinite().all(1)).tolist()
-        if any(broken):
-            keys = list(self.order.batches(epoch))[broken.index(True)]
-            clips = [self.dataset.clips[i][0] for _, i in keys]
-            raise BadInput(f"epoch {epoch + 1}, batch {broken.index(True) + 1} of "
-                           f"{len(broken)}: a value is not finite; a lower --lr may help, or look "
-                           f"at its clips, {', '.join(clips[:3])}, ...")
+        finite = values.isfinite().all(1).tolist()
+        if not all(finite):
+            n = finite.index(False)
+            keys = list(self.order.batches(epoch))[n]
+            clips = ", ".join([self.dataset.clips[i][0] for _, i in keys[:3]])
+            raise BadInput(f"epoch {epoch + 1}, batch {n + 1} of {len(finite)}: a value is not "
+                           f"finite; a lower --lr may help, or look at its clips, {clips}, ...")
         return values.mean(0).tolist()
 
 
@@ -1060,32 +1041,10 @@ def mirrors(classes):
     return [not re.search(r"(?<![a-z])(left|right)(?![a-z])", name.lower()) for name in classes]
 
 
-def augment(videos, size, rngs, may_flip, scales=(1, .875, .75, .66)):
-    """Training view as in ActionCLIP, but drawn once for all frames of a clip, by its generator,
-    since videos do not flicker. uint8 (T, 3, H, W) per clip -> float (B, T, 3, size, size) in 0..1.
-    A crop with sides of `scales` times the shorter side; flip p .5 where may_flip; colour jitter p
-    .8 (.4, .4, .2, .1); grey p .2."""
-    out, factors = [], []
-    for video, rng, may in zip(videos, rngs, may_flip, strict=True):
-        H, W = video.shape[-2:]
-        first = int(rng.integers(len(scales)))  # the other side is at most one step away
-        second = int(np.clip(first + rng.integers(-1, 2), 0, len(scales) - 1))
-        h, w = (max(1, int(min(H, W) * scales[s])) for s in (first, second))
-        top, left = int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1))
-        video = TF.resized_crop(video, top, left, h, w, [size, size], antialias=True)
-        out.append(video.flip(-1) if rng.random() < .5 and may else video)
-        drawn = (1, 1, 1, 0)
-        if rng.random() < .8:
-            drawn = rng.uniform((.6, .6, .8, -.1), (1.4, 1.4, 1.2, .1))
-        factors.append((*drawn, rng.random() < .2))
-    factors = torch.tensor(factors).to(out[0].device, torch.float32, non_blocking=True)  # (B, 5)
-    return jitter(torch.stack(out).float() / 255, factors)
-
-
 def jitter(video, factors):
-    """torchvision's adjust_brightness, _contrast, _saturation and _hue, one after the other, and
-    grey where the last factor is 1, for all clips at once: few kernels for a GPU. (B, T, 3, S, S),
-    (B, 5) -> (B, T, 3, S, S)"""
+    """torchvision's adjust_brightness, _contrast, _saturation and _hue, then grey where the last
+    factor is 1, for all clips at once: few kernels for a GPU. (B, T, 3, S, S), (B, 5) -> (B, T, 3,
+    S, S)"""
     bright, contrast, saturation, hue, grey = factors.T[..., None, None, None, None]
 
     def to_grey(x):
@@ -1107,20 +1066,35 @@ def jitter(video, factors):
 
 
 def training_view(batch, size, mirror, seed, device):
-    """augment for a batch of a loader, with the same draws at any size; small networks get milder
-    crops. mirror: bool per class. -> float (B, T, 3, size, size) in 0..1"""
-    videos = [video.to(device, non_blocking=True) for video in batch.video]
-    rngs = [np.random.default_rng([seed, *key, 2]) for key in batch.key]
+    """Augmentation as in ActionCLIP for a batch of a loader, but drawn once for all frames of a
+    clip, since videos do not flicker, by its key: the same at any size. A crop with sides of 1,
+    .875, .75 or .66 times the shorter side (small networks: 1, .875); flip p .5 where mirror, a
+    bool per class, is true; colour jitter p .8 (.4, .4, .2, .1); grey p .2. -> float (B, T, 3,
+    size, size) in 0..1"""
     scales = (1, .875, .75, .66) if size > 100 else (1, .875)
-    return augment(videos, size, rngs, [mirror[label] for label in batch.label], scales)
+    out, factors = [], []
+    for video, label, key in zip(batch.video, batch.label, batch.key, strict=True):
+        rng, (H, W) = np.random.default_rng([seed, *key, 2]), video.shape[-2:]
+        first = int(rng.integers(len(scales)))  # the other side is at most one step away
+        second = int(np.clip(first + rng.integers(-1, 2), 0, len(scales) - 1))
+        h, w = (max(1, int(min(H, W) * scales[s])) for s in (first, second))
+        top, left = int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1))
+        video = video.to(device, non_blocking=True)
+        video = TF.resized_crop(video, top, left, h, w, [size, size], antialias=True)
+        out.append(video.flip(-1) if rng.random() < .5 and mirror[label] else video)
+        drawn = (1, 1, 1, 0)
+        if rng.random() < .8:
+            drawn = rng.uniform((.6, .6, .8, -.1), (1.4, 1.4, 1.2, .1))
+        factors.append((*drawn, rng.random() < .2))
+    factors = torch.tensor(factors).to(device, torch.float32, non_blocking=True)  # (B, 5)
+    return jitter(torch.stack(out).float() / 255, factors)
 
 
-def compressed_view(clips, size, rngs=None, mirror=None, scales=(1, .875, .75)):
+def compressed_view(clips, size, rngs=None, mirror=None):
     """What the three networks see of B clips -> {"mv": (B, S, 2, size, size), pixels / 40, clamped
-    to +-.5; "r": (B, S, 3, size, size), -1..1; "i": the same, 0..1}: the middle square. For
-    training, with rngs, a numpy generator per clip, and mirror, a bool per clip: a square of
-    `scales` times the shorter side anywhere, the same for all three; flip p .5, which negates mv's
-    x."""
+    to +-.5; "r": (B, S, 3, size, size), -1..1; "i": the same, 0..1}: the middle square. Training,
+    with a generator and a bool per clip: a square of 1, .875 or .75 times the shorter side, the
+    same for all three; flip p .5 where mirror, which negates mv's x."""
     out = []
     for n, coded in enumerate(clips):
         mv, *pictures = modalities(coded)
@@ -1128,7 +1102,7 @@ def compressed_view(clips, size, rngs=None, mirror=None, scales=(1, .875, .75)):
         side = min(coded.size)
         top, left = ((edge - side) // 2 for edge in coded.size)
         if rngs:
-            side = max(1, int(side * rngs[n].choice(scales)))
+            side = max(1, int(side * rngs[n].choice((1, .875, .75))))
             top, left = (int(rngs[n].integers(edge - side + 1)) for edge in coded.size)
         video = TF.resized_crop(video, top, left, side, side, [size, size], antialias=True)
         if rngs and rngs[n].random() < .5 and mirror[n]:
@@ -1139,23 +1113,28 @@ def compressed_view(clips, size, rngs=None, mirror=None, scales=(1, .875, .75)):
     return {"mv": mv / 40, "r": r / 255, "i": i / 255} if pictures else {"mv": mv / 40}
 
 
+def draw_texts(picture, texts):
+    """Write each of (x, y, word, colour) into a picture uint8 (3, H, W). -> of twice its size"""
+    x, y, words, colours = zip(*texts, strict=True)
+    picture = draw_bounding_boxes(picture, torch.tensor([x, y, x, y]).T, list(words), "white",
+                                  label_colors=list(colours))
+    return picture.repeat_interleave(2, 1).repeat_interleave(2, 2)
+
+
 def contact_sheet(clips, texts, frames, path):
     """Write a picture of the clips [(path, label)] that have texts, {index: [(x, line, word,
     colour), ...]}: frames below their texts. x counts characters; a frame is ten of them wide."""
     ends = [x + len(word) for x, _, word, _ in itertools.chain(*texts.values())]
     rows, width = [], 12 * max(10 * frames, *ends)
-    for i, text in texts.items():
-        x, y, words, colours = zip(*text, strict=True)
-        places = np.array([x, y, x, y]).T * [6, 12, 6, 12] - [0, 12 * min(y)] * 2
-        page = torch.full((3, places.max(0)[1] + 18, width // 2), 255, dtype=torch.uint8)
-        page = torchvision.utils.draw_bounding_boxes(
-            page, torch.from_numpy(places), words, "white", label_colors=list(colours))
+    for i, own in texts.items():
+        lines = [line for _, line, _, _ in own]
+        page = torch.full((3, 12 * (max(lines) - min(lines)) + 18, width // 2), 255).byte()
+        rows.append(draw_texts(page, [(6 * x, 12 * (line - min(lines)), word, colour)
+                                      for x, line, word, colour in own]))
         video = centre_crop([Clips(clips, frames, 118)[0, i].video], 118)[0]
         row = torchvision.utils.make_grid(video, frames, pad_value=1).mul(255).byte()
-        rows.append(page.repeat_interleave(2, 1).repeat_interleave(2, 2))
         rows.append(F.pad(row, (0, width - row.shape[2]), value=255))
-    with renamed(path) as part:
-        part.write_bytes(bytes(torchvision.io.encode_png(torch.cat(rows, 1)).numpy()))
+    torchvision.utils.save_image(torch.cat(rows, 1) / 255, path)
 
 
 def plot(panels, x_label, y_label, path, names=()):
@@ -1169,6 +1148,7 @@ def plot(panels, x_label, y_label, path, names=()):
     tiles = []
     for title, panel in panels.items():
         tile = torch.full((3, 300, 480), 255, dtype=torch.uint8)
+        tile = draw_bounding_boxes(tile, torch.tensor([[40, 35, 332, 264]]), colors="black")
         texts = [(40, 10, title, "black"), (40, 280, x_label, "black"), (2, 0, y_label, "black")]
         for n, share in enumerate(np.linspace(0, 1, len(names) or 5)):
             x, y = low + share * (high - low)
@@ -1182,14 +1162,8 @@ def plot(panels, x_label, y_label, path, names=()):
                 dots, colour = torch.from_numpy(dots)[None], colours[n % len(colours)]
                 tile = torchvision.utils.draw_keypoints(tile, dots, colors=colour, radius=radius)
             texts.append((345, 30 + 14 * n, name, colour))
-        boxes = [[40, 35, 332, 264]] + [[x, y, x, y] for x, y, _, _ in texts]
-        _, _, words, colour = zip(*texts, strict=True)
-        tiles.append(torchvision.utils.draw_bounding_boxes(
-            tile, torch.tensor(boxes), ["", *words], ["black"] + len(words) * ["white"],
-            label_colors=["black", *colour]))
-    picture = torch.cat(tiles, 1).repeat_interleave(2, 1).repeat_interleave(2, 2)
-    with renamed(path) as part:
-        part.write_bytes(bytes(torchvision.io.encode_png(picture).numpy()))
+        tiles.append(draw_texts(tile, texts))
+    torchvision.utils.save_image(torch.cat(tiles, 1) / 255, path)
 
 
 # ---- CLIP and ActionCLIP builders ----------------------------------------------------------------
@@ -1226,15 +1200,17 @@ def build_clip(spec, cache="runs/cache"):
     text = {"context_length", "vocab_size", "width", "heads", "layers"}
     if not config or set(config) - known or set(config["text_cfg"]) - text \
             or "timm_model_name" in config["vision_cfg"]:
-        raise BadInput(f"{name:.99} is no CLIP that can be built here; there are "
-                       f"{', '.join(CLIPS)} and open_clip's: ViT-B-32, ViT-B-16, ViT-L-14, ...")
-    path, tag = weights if Path(weights).is_file() else None, {}
-    if not weights and name.startswith("toy-"):
+        raise BadInput(f"{name:.99} is no CLIP known here: ViT-B-32, ... of open_clip and "
+                       f"{', '.join(CLIPS)}")
+    path, tag = None, {}
+    if Path(weights).is_file():
+        path = weights
+    elif not weights and name.startswith("toy-"):
         path = cached(cache, name, functools.partial(_train_toy_clip, name), _train_toy_clip,
                       _toy_stills.__wrapped__, draw_toy, toy_truth, toy_caption, config)
     elif not weights:
         print(f"{name}: RANDOM WEIGHTS, since no :WEIGHTS were named", file=sys.stderr)
-    elif not path and weights != "random":
+    elif weights != "random":
         tag = open_clip.get_pretrained_cfg(name, weights)
         if not tag:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
@@ -1247,7 +1223,7 @@ def build_clip(spec, cache="runs/cache"):
             raise BadInput(f"{spec}: no download ({type(error).__name__}); get the file and say "
                            f"{name}:FILE, of OpenAI {name}-quickgelu:FILE") from error
     saved = read_weights(path) if path else {}
-    quick_gelu = saved.get("quick_gelu", tag.get("quick_gelu", config.get("quick_gelu", False)))
+    quick_gelu = {"quick_gelu": False, **config, **tag, **saved}["quick_gelu"]  # the last is right
     clip = open_clip.CLIP(**{**config, "quick_gelu": quick_gelu})
     clip.quick_gelu = quick_gelu
     clip.visual.image_mean = tag.get("mean", open_clip.OPENAI_DATASET_MEAN)
@@ -1275,10 +1251,6 @@ def read_weights(path):
                 nn.modules.utils.consume_prefix_in_state_dict_if_present(part, "module.")
         if not all(map(torch.is_tensor, state.values())):
             raise TypeError("not all tensors")
-        if type(more.get("quick_gelu", False)) is not bool:
-            raise TypeError("quick_gelu is no bool")
-        if not all("{}" in template for template in more.get("templates", ())):
-            raise TypeError("templates are no sentences with {}")
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except Exception as error:
@@ -1353,9 +1325,8 @@ class FusionHead(nn.Module):
         z = transformer(f + p), p of T positions, 6 pre-LN blocks, no mask;  mean_t(z_t + f_t)
 
     Names, shapes and the init of .02 are the official checkpoints'. Beside embeddings that are not
-    normalised such positions are nearly nothing, and the direction of a motion is learnt late; the
-    toy CLIPs, soon trained, start from larger ones. token: a learned token with its own position
-    stands first; read() and one_vector() are eqs. (3) and (8) of deit_video.py."""
+    normalised such positions are nearly nothing, and the direction of a motion is learnt late: toys
+    start from larger ones. token: a learned token stands first (eqs. (3), (8) of deit_video.py)."""
 
     def __init__(self, width, heads, layers=6, std=.02, position_std=.02, token=False):
         super().__init__()
@@ -1413,8 +1384,9 @@ class ActionCLIP(nn.Module):
         self.frames, self.templates = None, PROMPTS
         self.size, self.width = int(np.max(clip.visual.image_size)), clip.text_projection.shape[1]
         self.side = round(self.size * 8 / 7)
-        for key, value in (("mean", clip.visual.image_mean), ("std", clip.visual.image_std)):
-            self.register_buffer(key, torch.tensor(value).view(3, 1, 1), persistent=False)
+        mean, std = torch.tensor([clip.visual.image_mean, clip.visual.image_std]).view(2, 3, 1, 1)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
         heads = max(1, clip.ln_final.weight.numel() // 64)  # one per 64 of the text tower's width
         stds = (.1, .5) if name.startswith("toy-") else (.02, .02)
         self.fusion = MeanHead()
@@ -1437,21 +1409,16 @@ class ActionCLIP(nn.Module):
 
     def prompts(self, classes, templates=None):
         """K class names -> token ids (P, K, L), template-major, P = 16 templates or the model's"""
-        templates = templates or self.templates
-        tokens = [self.tokenizer(list(map(template.format, classes))) for template in templates]
-        tokens = torch.stack(tokens)
+        tokens = torch.stack([self.tokenizer([template.format(name) for name in classes])
+                              for template in templates or self.templates])
         if min(len(texts.unique(dim=0)) for texts in tokens) < len(set(classes)):
-            raise BadInput(f"two names are the same in their first {tokens.shape[2]} tokens; the "
-                           f"longest one is: {max(classes, key=len):.99}")
+            raise BadInput(f"two classes are the same in their first {tokens.shape[2]} tokens")
         return tokens.to(self.mean.device)
 
     @torch.no_grad()
     def embed_classes(self, classes, templates=None):
         """K class names -> (P, K, D), computed once: deployed, the text tower does not run."""
-        out = self.eval().encode_text(self.prompts(classes, templates)).float()
-        if not out.isfinite().all():
-            raise BadInput(f"{self.name}: its embeddings of texts are not finite")
-        return out
+        return self.eval().encode_text(self.prompts(classes, templates)).float()
 
     def forward(self, video, tokens):
         """-> video (B, D), text (..., D) or None, and the scale s = exp(logit_scale)"""
@@ -1556,26 +1523,23 @@ def _toy_resnet():
 
 
 class ExitNet(nn.Module):
-    """The network of one modality, with exits behind layer1, 2 and 3 of a ResNet; exit 4 is its own
-    classifier. mv and r start with a BatchNorm, i with ImageNet's mean and std. name: `toy` or any
-    ResNet of torchvision; imagenet: torchvision's weights, but for the classifier and mv's first
-    layer. Raises BadInput."""
+    """The ResNet of one modality; exits 1 to 3 read layers 1 to 3, exit 4 is its own classifier. mv
+    and r start with a BatchNorm, i with ImageNet's mean and std. name: `toy` or any of torchvision;
+    imagenet: its weights, but for the classifier and mv's first layer. Raises BadInput."""
 
     def __init__(self, modality, name, classes, imagenet=False):
         super().__init__()
         known = [n for n in models.list_models(models) if re.match(r"(wide_)?resne(t|xt)\d", n)]
         if name not in known and (imagenet or name != "toy"):
-            raise BadInput(f"network {name}: there are {', '.join(known)} and, without ImageNet's "
-                           f"weights, toy")
+            raise BadInput(f"network {name}: there are {', '.join(known)}, without ImageNet toy")
         weights = models.get_model_weights(name).DEFAULT if imagenet else None
         try:
             net = _toy_resnet() if name == "toy" else models.get_model(name, weights=weights)
         except OSError as error:
             raise BadInput(f"{name}: no download ({error}); put {weights.url} into "
                            f"{torch.hub.get_dir()}/checkpoints") from error
-        self.modality, self.name = modality, name
-        for key, value in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
-            self.register_buffer(key, torch.tensor(value).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
         self.input = nn.BatchNorm2d(2 if modality == "mv" else 3) if modality != "i" else None
         if modality == "mv":
             net.conv1 = nn.Conv2d(2, net.conv1.out_channels, 7, 2, 3, bias=False)
