@@ -15,7 +15,6 @@ import inspect
 import io
 import itertools
 import json
-import math
 import os
 import re
 import sys
@@ -567,10 +566,8 @@ def video_index(path):
     unfit = ""
     if codec != "mpeg4":
         unfit = f"its codec is {codec}, not MPEG-4 part 2"
-    elif 2 in kinds:
-        unfit = "it has B-frames"
-    elif 3 in kinds:
-        unfit = "it has global motion compensation"
+    elif 2 in kinds or 3 in kinds:
+        unfit = "it has B-frames, or global motion compensation"
     vague = form.startswith("mpeg") or None in pts or len(set(pts)) < count  # TS, PS; raw streams
     vague = vague or (form == "avi" and (reorders or codec != "mpeg4"))  # an index may be wrong
     if not vague and not (reorders and pts == sorted(pts)):
@@ -592,8 +589,7 @@ def decode(path, indices, seek=True, export=None):
     """Decode what `indices` need in one pass -> yields (position, frame) of frames on the way. With
     `seek`, from the last keyframe before each of `indices`, and without frames that no other refers
     to. export: options of the decoder, which then exports motion vectors. Raises BadVideo."""
-    index, at, frames = video_index(str(path)), -1, None
-    size = needed = None
+    index, at, frames, size, needed = video_index(str(path)), -1, None, None, None
     if not 0 <= min(indices) <= max(indices) < index.count:
         raise BadVideo(path, f"it has {index.count} frames, none for all of {list(indices)}")
     with open_video(path) as (container, stream):
@@ -738,9 +734,8 @@ def read_stream(source):
 # its content. Other codecs are re-encoded.
 
 VECTORS = np.dtype({  # FFmpeg's AVMotionVector; (dst_x, dst_y) is the centre of the block
-    "names": ["w", "h", "src_x", "src_y", "dst_x", "dst_y", "x", "y", "scale"],
-    "formats": ["u1", "u1", "i2", "i2", "i2", "i2", "i4", "i4", "u2"],
-    "offsets": [4, 5, 6, 8, 10, 12, 24, 28, 32], "itemsize": 40})
+    "names": ["w", "h", "dst_x", "dst_y", "x", "y", "scale"], "itemsize": 40,
+    "formats": ["u1", "u1", "i2", "i2", "i4", "i4", "u2"], "offsets": [4, 5, 10, 12, 24, 28, 32]})
 
 
 def p_frames(path):
@@ -787,9 +782,10 @@ def read_compressed(path, indices, pictures=True):
                 vectors.append(b"" if held is None else bytes(held))
             before = frame
             if at in wanted:
-                shown = [intra, frame] if pictures else []
-                shown = [f.reformat(format="rgb24", threads=1).to_ndarray() for f in shown]
-                found[at] = [list(vectors), *shown]
+                found[at] = [list(vectors)]
+                if pictures:
+                    found[at] += [picture.reformat(format="rgb24", threads=1).to_ndarray()
+                                  for picture in (intra, frame)]
         return found, (frame.height, frame.width)
 
     found, size = either_way(path, read)
@@ -844,8 +840,7 @@ def modalities(coded):
 def warp(i, mv):
     """I(A): i (S, 3, H, W) read at p - mv(p), mv (S, 2, H, W) in pixels. -> float (S, 3, H, W)"""
     H, W = i.shape[-2:]
-    y, x = torch.meshgrid(torch.arange(H, device=i.device), torch.arange(W, device=i.device),
-                          indexing="ij")
+    y, x = torch.arange(H, device=i.device)[:, None], torch.arange(W, device=i.device)
     at = torch.stack([(2 * (x - mv[:, 0]) + 1) / W - 1, (2 * (y - mv[:, 1]) + 1) / H - 1], -1)
     return F.grid_sample(i.float(), at, padding_mode="border", align_corners=False)
 
@@ -1003,8 +998,8 @@ class ClipLoader(torch.utils.data.DataLoader):
                 self.lost.add(path)
             stuck = self.dataset.train and -1 in batch.label
             if stuck or len(self.lost) > max(10, .01 * len(self.dataset)):
-                share = f"{len(self.lost)} of {len(self.dataset)}"
-                raise BadInput(f"{share} clips cannot be decoded, last {path}")
+                count = f"{len(self.lost)} of {len(self.dataset)}"
+                raise BadInput(f"{count} clips cannot be decoded, last {path}")
             yield batch
 
     def epochs(self, first, last):
@@ -1487,7 +1482,7 @@ class SpatialHeads(nn.Module):
     def __init__(self, D, tasks, scale):
         super().__init__()
         self.heads = nn.ModuleList(nn.Linear(D, D) for _ in tasks)
-        self.log_scale = nn.Parameter(torch.full((len(tasks),), math.log(scale)))
+        self.log_scale = nn.Parameter(torch.full((len(tasks),), np.log(scale)))
         self.multi_label = [task.multi_label for task in tasks]
         for head in self.heads:
             nn.init.eye_(head.weight)
