@@ -312,9 +312,8 @@ class VideoData:
                 for what, names in found.items() if names]
 
 
-FORMATS = ("formats: HMDB51 as released (testTrainMulti_7030_splits/ beside class folders), UCF101 "
-           "as released (ucfTrainTestlist/ beside class folders or UCF-101/), train1.csv, test1.csv"
-           " or train.csv, test.csv (header path,label), train/CLASS/* + test/CLASS/*")
+FORMATS = ("formats: HMDB51 and UCF101 as released, lists beside class folders; train1.csv and "
+           "test1.csv or train.csv and test.csv, header path,label; train/CLASS/* + test/CLASS/*")
 
 
 def words(name):
@@ -509,8 +508,7 @@ def dense_indices(count, frames, rng=None, views=1):
 
 
 VOP = re.compile(b"\0\0\1\xb6(.)", re.S)  # a picture of MPEG-4; two bits say: I, P, B or S
-# Files of a data set are opened as files, whatever their names look like. These formats, playlists,
-# name other files or addresses to be opened.
+# Files of a data set are opened as files. Playlists name other files or addresses to be opened.
 CONTAINERS = av.formats_available - {"concat", "dash", "hls", "image2", "imf", "rtsp", "sdp", "tty",
                                      "webm_dash_manifest"}
 
@@ -1038,8 +1036,7 @@ def mirrors(classes):
 
 def jitter(video, factors):
     """torchvision's adjust_brightness, _contrast, _saturation and _hue, then grey where the last
-    factor is 1, for all clips at once: few kernels for a GPU. (B, T, 3, S, S), (B, 5) -> (B, T, 3,
-    S, S)"""
+    factor is 1, for all clips at once: few kernels. (B, T, 3, S, S), (B, 5) -> (B, T, 3, S, S)"""
     bright, contrast, saturation, hue, grey = factors.T[..., None, None, None, None]
 
     def to_grey(x):
@@ -1244,10 +1241,6 @@ def read_weights(path):
             state = state["model_state_dict"]
             for part in (state, more["fusion"]):
                 nn.modules.utils.consume_prefix_in_state_dict_if_present(part, "module.")
-        if not all(map(torch.is_tensor, state.values())):
-            raise TypeError("not all tensors")
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
     except Exception as error:
         if "TorchScript" in str(error):
             raise BadInput(
@@ -1527,12 +1520,8 @@ class ExitNet(nn.Module):
         known = [n for n in models.list_models(models) if re.match(r"(wide_)?resne(t|xt)\d", n)]
         if name not in known and (imagenet or name != "toy"):
             raise BadInput(f"network {name}: there are {', '.join(known)}, without ImageNet toy")
-        weights = models.get_model_weights(name).DEFAULT if imagenet else None
-        try:
-            net = _toy_resnet() if name == "toy" else models.get_model(name, weights=weights)
-        except OSError as error:
-            raise BadInput(f"{name}: no download ({error}); put {weights.url} into "
-                           f"{torch.hub.get_dir()}/checkpoints") from error
+        weights = "DEFAULT" if imagenet else None
+        net = _toy_resnet() if name == "toy" else models.get_model(name, weights=weights)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
         self.input = nn.BatchNorm2d(2 if modality == "mv" else 3) if modality != "i" else None
@@ -1589,7 +1578,6 @@ def exit_heads(net, classes):
 
 
 def exit_logits(net, heads, x):
-    """Consensus logits (B, K) of exits 1 to 4 for x (B, S, C, H, W): what lies behind an exit runs
-    only when the next is asked for."""
+    """Yields consensus logits (B, K) of exits 1 to 4 for x (B, S, C, H, W), each when asked for."""
     for k, f in enumerate(net.stages(x)):
         yield heads[k](f, x.shape[1]) if k < 3 else net.classify(f, x.shape[1])

@@ -1,7 +1,6 @@
 """Motion, residual and I-frame of compressed clips; re-encoding; the networks with exits."""
 import json
 import os
-import urllib.error
 
 import av
 import numpy as np
@@ -558,17 +557,11 @@ def test_inputs_are_normalised_as_said():
 
 
 def test_imagenet_weights(tmp_path, monkeypatch):
-    def offline(*_, **__):
-        raise urllib.error.URLError("no route")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     for name in ("toy", "resnet19", "mobilenet_v2"):
         with pytest.raises(BadInput, match=f"{name}.*resnet18"):
             common.ExitNet("r", name, 5, imagenet=True)
     url = torchvision.models.ResNet18_Weights.DEFAULT.url
-    with pytest.raises(BadInput, match=f"{url}.*{tmp_path}.checkpoints"):
-        common.ExitNet("r", "resnet18", 5, imagenet=True)
     (tmp_path / "checkpoints").mkdir(exist_ok=True)
     state = torchvision.models.resnet18().state_dict()
     torch.save(state, tmp_path / "checkpoints" / url.split("/")[-1])
