@@ -30,7 +30,6 @@ import open_clip
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from av.codec.context import Flags2
 from av.sidedata.sidedata import SideDataContainer
 from av.video.frame import PictureType
@@ -42,7 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import draw_bounding_boxes
+from torchvision.utils import draw_bounding_boxes, draw_keypoints, make_grid, save_image
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 
@@ -362,15 +361,14 @@ def _rows(root, split):
     lists = [root / f"train{split}.csv", root / f"test{split}.csv"]
     if split == 1 and not all(map(Path.is_file, lists)):
         lists = [root / "train.csv", root / "test.csv"]
-    folders = [root / "train", root / "test"]
     if (root / "testTrainMulti_7030_splits").is_dir():
         return _hmdb51_rows(root, split)
     if (root / "ucfTrainTestlist").is_dir():
         return _ucf101_rows(root, split)
     if all(map(Path.is_file, lists)):
         return [_csv_rows(path) for path in lists]
-    if split == 1 and all(map(Path.is_dir, folders)):
-        return [_folder_rows(folder) for folder in folders]
+    if split == 1 and (root / "train").is_dir() and (root / "test").is_dir():
+        return _folder_rows(root / "train"), _folder_rows(root / "test")
     held = ", ".join(sorted(path.name for path in root.iterdir())[:4]) or "nothing"
     raise BadInput(f"--data {root} holds {held}: no data set with a split {split}; {FORMATS}")
 
@@ -1124,9 +1122,9 @@ def contact_sheet(clips, texts, frames, path):
         rows.append(draw_texts(page, [(6 * x, 12 * (line - min(lines)), word, colour)
                                       for x, line, word, colour in own]))
         video = centre_crop([Clips(clips, frames, 118)[0, i].video], 118)[0]
-        row = torchvision.utils.make_grid(video, frames, pad_value=1).mul(255).byte()
+        row = make_grid(video, frames, pad_value=1).mul(255).byte()
         rows.append(F.pad(row, (0, width - row.shape[2]), value=255))
-    torchvision.utils.save_image(torch.cat(rows, 1) / 255, path)
+    save_image(torch.cat(rows, 1) / 255, path)
 
 
 def plot(panels, x_label, y_label, path, names=()):
@@ -1147,15 +1145,16 @@ def plot(panels, x_label, y_label, path, names=()):
             texts.append((40 + 290 * share, 265, names[n] if names else f"{x:.3g}", "black"))
             texts.append((2, 255 - 225 * share, f"{y:.3g}", "black"))
         for n, (name, curve) in enumerate(panel.items()):
+            colour = colours[n % len(colours)]
             at = (np.array(curve, float) - low) / (high - low) * [290, -225] + [40, 262]  # (n, 2)
             steps = np.linspace(0, len(at) - 1, 999)
             line = np.stack([np.interp(steps, range(len(at)), side) for side in at.T], 1)
             for dots, radius in ((line, 1), (at, 3 if len(at) < 20 else 1)):
-                dots, colour = torch.from_numpy(dots)[None], colours[n % len(colours)]
-                tile = torchvision.utils.draw_keypoints(tile, dots, colors=colour, radius=radius)
+                dots = torch.from_numpy(dots)[None]
+                tile = draw_keypoints(tile, dots, colors=colour, radius=radius)
             texts.append((345, 30 + 14 * n, name, colour))
         tiles.append(draw_texts(tile, texts))
-    torchvision.utils.save_image(torch.cat(tiles, 1) / 255, path)
+    save_image(torch.cat(tiles, 1) / 255, path)
 
 
 # ---- CLIP and ActionCLIP builders ----------------------------------------------------------------
