@@ -330,27 +330,22 @@ def read_data(data, split=1, allow_missing=False, cache="runs/cache", toys="toy"
                       DIAGONALS, SHAPES, COLOURS, SCENES)
     if not root.is_dir():
         raise BadInput(f"--data {data}: no such folder; name a folder, or `toy`; {FORMATS}")
-
-    def refuse(names, what):
-        if names:
-            raise BadInput(f"{root}: {len(names)} {what}, first {', '.join(sorted(names)[:3])}")
-
-    rows, test_rows = _rows(root, split)
-    missing = {path: name for path, name in rows + test_rows if not os.path.isfile(path)}
-    if not allow_missing:
-        count = len(rows + test_rows)
-        refuse(missing, f"of {count} listed clips are missing (see --allow-missing)")
-    classes = sorted({name for _, name in rows + test_rows})
-    train = [(path, classes.index(name)) for path, name in rows if path not in missing]
+    train_rows, test_rows = _rows(root, split)
+    listed = train_rows + test_rows
+    missing = {path: name for path, name in listed if not os.path.isfile(path)}
+    if missing and not allow_missing:
+        raise BadInput(f"{root}: {len(missing)} of {len(listed)} listed clips are missing "
+                       f"(see --allow-missing), first {', '.join(list(missing)[:3])}")
+    classes = sorted({name for _, name in listed})
+    train = [(path, classes.index(name)) for path, name in train_rows if path not in missing]
     test = [(path, classes.index(name)) for path, name in test_rows if path not in missing]
     if not (train and test):
         what = "test" if train else "training"
         raise BadInput(f"{root}: no {what} clips, {len(missing)} listed clips are missing")
-    refuse({name for _, name in test_rows} - {name for _, name in rows},
-           "classes of the test list have no training clip")
     trained = {os.path.realpath(path) for path, _ in train}
-    refuse(trained & {os.path.realpath(path) for path, _ in test},
-           "clips are listed both for training and for testing")
+    both = [path for path, _ in test if os.path.realpath(path) in trained]
+    if both:
+        raise BadInput(f"{len(both)} clips are listed both for training and for testing: {both[0]}")
     official = [name.title().replace(" ", "") for name in classes]
     return VideoData(Path(data).resolve().name, classes, train, test, list(missing),
                      official=official if (root / "ucfTrainTestlist").is_dir() else None)
@@ -369,8 +364,7 @@ def _rows(root, split):
         return [_csv_rows(path) for path in lists]
     if split == 1 and (root / "train").is_dir() and (root / "test").is_dir():
         return _folder_rows(root / "train"), _folder_rows(root / "test")
-    held = ", ".join(sorted(path.name for path in root.iterdir())[:4]) or "nothing"
-    raise BadInput(f"--data {root} holds {held}: no data set with a split {split}; {FORMATS}")
+    raise BadInput(f"--data {root} holds no data set with a split {split}; {FORMATS}")
 
 
 def _official(path, pattern):
@@ -1184,7 +1178,8 @@ def build_clip(spec, cache="runs/cache"):
     NAME: one of CLIPS, or of open_clip's with two plain towers. WEIGHTS: a tag of open_clip's, a
     file that read_weights knows, or `random`; without it, toy CLIPs come pre-trained, others are
     random. The activation is that of the weights (OpenAI: QuickGELU, TinyCLIP, LAION: GELU; mixing
-    them loads without a word and costs accuracy), for a bare file of NAME. Raises BadInput."""
+    them loads without a word and costs accuracy), of a bare file that of NAME: of OpenAI's files
+    say NAME-quickgelu:FILE. Raises BadInput."""
     name, _, weights = spec.partition(":")
     config = CLIPS.get(name) or open_clip.get_model_config(name) or {}
     known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
@@ -1208,11 +1203,7 @@ def build_clip(spec, cache="runs/cache"):
             raise BadInput(f"{spec}: no such file, nor a tag of {name} ({tags}). TinyCLIP's files: "
                            f"github.com/wkcn/TinyCLIP-model-zoo")
         print(f"{spec}: downloaded, or taken from the cache ...", file=sys.stderr)
-        try:
-            path = open_clip.download_pretrained(tag)
-        except Exception as error:
-            raise BadInput(f"{spec}: no download ({type(error).__name__}); get the file and say "
-                           f"{name}:FILE, of OpenAI {name}-quickgelu:FILE") from error
+        path = open_clip.download_pretrained(tag)
     saved = read_weights(path) if path else {}
     quick_gelu = {"quick_gelu": False, **config, **tag, **saved}["quick_gelu"]  # the last is right
     clip = open_clip.CLIP(**{**config, "quick_gelu": quick_gelu})

@@ -223,13 +223,12 @@ def csv(*rows):
 
 
 BAD = {  # what: (files that replace some of GOOD, or a list: all files; what is said)
-    "empty folder": ([], ["holds nothing", "train/CLASS/*", "HMDB51", "UCF101", "path,label"]),
-    "one list only": ([("train.csv", csv("a.mp4,wave"))], ["holds train.csv", "test.csv"]),
+    "empty folder": ([], ["holds no data set", "train/CLASS/*", "HMDB51", "UCF101", "path,label"]),
+    "one list only": ([("train.csv", csv("a.mp4,wave"))], ["holds no data set", "test.csv"]),
     "semicolons": ({"test.csv": "path;label\na.mp4;wave"}, ["test.csv", "path,label"]),
     "header only": ({"train.csv": csv()}, ["no training"]),
     "blank label": ({"train.csv": csv("a.mp4,wave", "b.mp4,  ")}, ["train.csv", "label"]),
     "not UTF-8": ({"train.csv": csv("a.mp4,grün").encode("latin-1")}, ["train.csv", "UTF-8"]),
-    "test label that training lacks": ({"test.csv": csv("c.mp4,jump")}, ["jump", "1 class"]),
     "clip on both lists": ({"test.csv": csv("./a.mp4,wave")}, ["a.mp4", "both", "1 clip"]),
     "missing clips": ({"train.csv": csv("0.mp4,wave", "1.mp4,wave", "a.mp4,wave")},
                       ["2 of 4", "0.mp4", "1.mp4", "--allow-missing"]),
@@ -261,7 +260,7 @@ def test_bad_input_names_the_place_and_the_cure(tmp_path, what):
 
 def test_good_input_is_good_but_has_one_split(tmp_path):
     assert len(read_data(fill(tmp_path, GOOD)).train) == 2
-    with pytest.raises(BadInput, match=r"holds a\.mp4.*split 2"):
+    with pytest.raises(BadInput, match="no data set with a split 2"):
         read_data(tmp_path, 2)
 
 
