@@ -1,8 +1,9 @@
 """Clips in, networks out: data loading and model builders, what a method needs before it starts.
 
 This file trains nothing (but the toy CLIPs, in place of a download), logs nothing, reads no flags
-and knows nothing of the roles that networks play in a method. Sections: errors and files | toys |
-data sets | RGB decoding | compressed decoding | loaders | views | CLIP, ActionCLIP | exit networks
+and knows nothing of the roles that networks play in a method. A mistake that the user can mend
+raises BadInput, a file that cannot be decoded BadVideo. Sections: errors and files | toys | data
+sets | RGB decoding | compressed decoding | loaders | views | CLIP, ActionCLIP | exit networks
 
 Axes:  B clips   T frames that a network sees   C H W channels, height, width   D embedding width
 K classes   N frames of a file   V windows of a clip   S segments of a coded clip   E exits
@@ -111,8 +112,7 @@ def top1(results, before=""):
 
 @contextlib.contextmanager
 def renamed(path):
-    """Yields a name to write to, which becomes `path` in the end: a kill or a full disk leaves what
-    was there before. Raises BadInput."""
+    """Yields a name that becomes `path` in the end: a kill or a full disk leaves what was there."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def renamed(path):
 
 
 def save(state, path):
-    """torch.save, whole or not at all. Raises BadInput, also for a weight that is not finite."""
+    """torch.save, whole or not at all, of weights that are finite."""
     for name, part in state.items():
         if isinstance(part, dict):
             check_finite(part, name, path)
@@ -143,7 +143,7 @@ def check_finite(state, name, path):
 
 
 def read_saved(path, *keys):
-    """What save() has written, with these keys, on the CPU. Raises BadInput."""
+    """What save() has written, with these keys, on the CPU."""
     try:
         saved = torch.load(path, "cpu", weights_only=True)
         for key in keys:
@@ -226,8 +226,7 @@ def write_video(path, frames, fps=24, codec="mpeg4", pix_fmt="yuv420p", **option
 
 def make_toy_folder(folder, train=1200, test=300, seed=0, pairs=False, motions=tuple(MOTIONS)):
     """Draw and encode toy clips into `folder`: lists of splits 1 and 2, toy_truth.json, the clips.
-    pairs: split 1 alone, of classes "circle moving left", ..., in larger and longer clips with a
-    vector per 8 pixels."""
+    pairs: split 1, classes "circle moving left", ..., larger and longer, a vector per 8 pixels."""
     rng, truths = np.random.default_rng(seed), {}
     shape, options = ((24, 96), {"flags": "+mv4"}) if pairs else ((16, 64), {})
     parts = [("train", train, ["train1", "train2"]), ("test", test, ["test1"])]
@@ -260,8 +259,8 @@ TOYS = {"toy": {}, "toy-pairs": {"train": 900, "test": 240, "pairs": True},  # f
 
 
 def cached(cache, name, make, *sources):
-    """Path of a file or folder in the cache; if missing, process 0 calls make(path). Its name has a
-    digest of `sources`, functions and values: what older code made is not reused."""
+    """Path of what make(path) makes once. Its name has a digest of `sources`, functions and values:
+    what older code made is not reused."""
     code = "".join(inspect.getsource(s) if callable(s) else repr(s) for s in sources)
     path = Path(cache) / f"{name}-{zlib.crc32(code.encode()):08x}"
     if not path.exists() and (not dist.is_initialized() or dist.get_rank() == 0):
@@ -322,7 +321,7 @@ def words(name):
 
 def read_data(data, split=1, allow_missing=False, cache="runs/cache", toys="toy"):
     """Read the lists of `toy` (one of TOYS) or of a folder in one of FORMATS -> VideoData. Labels
-    come from class names, never from ids in a list. Raises BadInput."""
+    come from class names, never from ids in a list."""
     root = Path(data)
     if data == "toy":
         root = cached(cache, toys, functools.partial(make_toy_folder, **TOYS[toys]), TOYS[toys],
@@ -368,7 +367,7 @@ def _rows(root, split):
 
 
 def _official(path, pattern):
-    """What the lines of an official list hold. Raises BadInput."""
+    """What the lines of an official list hold"""
     if not path.is_file():
         raise BadInput(f"{path} is missing, one of the official lists")
     found = re.findall(pattern, path.read_text(errors="replace"), re.M)
@@ -415,7 +414,7 @@ def _csv_rows(path):
 def split_unseen(data, count, seed=0):
     """Hold `count` classes, drawn by the seed (toys: diagonals), out of training. -> {"": the other
     classes, renumbered; "_unseen": test clips of the held-out classes, to classify among these;
-    "_unseen_all": the same, among all}. Raises BadInput."""
+    "_unseen_all": the same, among all}"""
     if not count:
         return {"": data}
     able = [name for name in data.classes if name in DIAGONALS] or data.classes
@@ -440,8 +439,7 @@ def split_unseen(data, count, seed=0):
 
 
 def hold_out(data, share, seed=0):
-    """Take a share of each class's training clips, drawn by the seed, out of training. -> data, and
-    these clips [(path, label)]"""
+    """Take a share of each class's training clips out of training. -> data, [(path, label)]"""
     rng, held = np.random.default_rng([seed, 7]), set()
     for k in sorted({label for _, label in data.train}):
         own = [path for path, label in data.train if label == k]
@@ -452,7 +450,7 @@ def hold_out(data, share, seed=0):
 
 
 def few_shot(data, shots, seed=0):
-    """Keep `shots` training clips of each class, drawn by the seed; 0: all. Raises BadInput."""
+    """Keep `shots` training clips of each class, drawn by the seed; 0: all."""
     if not shots:
         return data
     rng, kept = np.random.default_rng([seed, 8]), []
@@ -536,7 +534,7 @@ class VideoIndex(NamedTuple):
 @functools.lru_cache(maxsize=100_000)
 def video_index(path):
     """Timestamps and keyframes of a file from its packets: pipes, edit lists and damaged headers
-    declare wrong numbers. Raises BadVideo, also for a file that ends within a packet."""
+    declare wrong numbers."""
     pts, keys, kinds, cut = [], [], [], False
     with open_video(path) as (container, stream):
         form, codec = container.format.name, stream.codec_context.codec.canonical_name
@@ -578,7 +576,7 @@ def video_index(path):
 def decode(path, indices, seek=True, export=None):
     """Decode what `indices` need in one pass -> yields (position, frame) of frames on the way. With
     `seek`, from the last keyframe before each of `indices`, and without frames that no other refers
-    to. export: options of the decoder, which then exports motion vectors. Raises BadVideo."""
+    to. export: options of the decoder, which then exports motion vectors."""
     index, at, frames, size, needed = video_index(str(path)), -1, None, None, None
     if not 0 <= min(indices) <= max(indices) < index.count:
         raise BadVideo(path, f"it has {index.count} frames, none for all of {list(indices)}")
@@ -673,8 +671,7 @@ def to_picture(frame, side=None, enlarge=True):
 
 
 def read_frames(path, indices, side=None, enlarge=True):
-    """Decode the frames at `indices` (any order, repeats allowed) -> uint8 (T, 3, H, W), as
-    to_picture gives them. Raises BadVideo."""
+    """Decode the frames at `indices`, in any order -> uint8 (T, 3, H, W), as to_picture does"""
     def read(seek):
         return {at: to_picture(frame, side, enlarge)
                 for at, frame in decode(path, indices, seek) if at in wanted}
@@ -688,7 +685,7 @@ def read_frames(path, indices, side=None, enlarge=True):
 def read_stream(source):
     """Decode a file, an address, a camera or - (standard input) as it comes -> yields (seconds
     since the first frame, frame). Where timestamps are missing or jump, a frame lasts 1 / the
-    stated rate. Damaged packets are skipped. Raises BadVideo, also where a file ends early."""
+    stated rate. Damaged packets are skipped. A file that ends early raises BadVideo then."""
     form, _, name = source.partition(":")
     if form not in ("avfoundation", "dshow"):
         form = "v4l2" if source.startswith("/dev/video") else None
@@ -736,9 +733,8 @@ def p_frames(path):
 
 
 class Coded(NamedTuple):
-    """S frames of a clip as they are stored. intra, frame: their I-frames and they themselves,
-    uint8 (S, 3, H, W), or None; motion: int16 (S, 2, h, w), x and y in quarters of a pixel, at
-    every 4th pixel; size: (H, W)."""
+    """S frames of a clip. intra, frame: their I-frames and they themselves, uint8 (S, 3, H, W);
+    motion: int16 (S, 2, h, w), x and y in quarters of a pixel, at every 4th pixel; size: (H, W)"""
     intra: torch.Tensor | None
     frame: torch.Tensor | None
     motion: torch.Tensor
@@ -751,7 +747,7 @@ class Coded(NamedTuple):
 
 def read_compressed(path, indices, pictures=True):
     """Decode the frames at `indices` with their I-frames and the motion between the two, MV above
-    (of an I-frame: 0) -> Coded. pictures=False: motion alone, faster. Raises BadVideo."""
+    (of an I-frame: 0) -> Coded. pictures=False: motion alone, faster."""
     if reason := video_index(str(path)).unfit:
         raise BadVideo(path, f"{reason}: re-encode it")
     export = {} if pictures else {"skip_idct": "all", "skip_loop_filter": "all"}
@@ -802,8 +798,7 @@ def _trace(samples, H, W):
 
 
 def _fields(frames, H, W):
-    """The vectors of P-frames -> int16 (2, P, h, w), one per cell of 8 x 8 pixels, in quarters of a
-    pixel: where the content of the cell was in the frame before"""
+    """The vectors of P-frames -> int16 (2, P, h, w) of cells of 8 x 8 pixels, in quarters of one"""
     v = np.frombuffer(b"".join(frames), VECTORS)
     frame = np.repeat(np.arange(len(frames)), [len(part) // VECTORS.itemsize for part in frames])
     h, w = -(-H // 8) + 1, -(-W // 8) + 1  # blocks may reach out
@@ -837,7 +832,7 @@ def warp(i, mv):
 
 def reencode(path, out):
     """Write a video in CoViAR's form: MPEG-4 part 2, 340 x 256, upright, an I-frame at least every
-    12 frames, no B-frames, quantiser 2 (FFmpeg's -q:v 1), constant rate. Raises BadVideo."""
+    12 frames, no B-frames, quantiser 2 (FFmpeg's -q:v 1), constant rate."""
     count = video_index(str(path)).count
     with av.open(f"file:{out}", "w", format="mp4") as container:
         options = {"g": "12", "bf": "0", "qmin": "2", "qmax": "2"}
@@ -858,7 +853,7 @@ def reencode(path, out):
 
 
 def coded_copy(path, folder):
-    """Path of a clip's copy in CoViAR's form, made if need be. Raises BadVideo."""
+    """Path of a clip's copy in CoViAR's form, made if need be"""
     number = zlib.crc32(os.path.abspath(path).encode())
     out = Path(folder) / Path(path).parent.name / f"{Path(path).stem}-{number:08x}.mp4"
     if not out.exists() or out.stat().st_mtime < os.path.getmtime(path):
@@ -962,8 +957,8 @@ def _collate(samples):
 
 class ClipLoader(torch.utils.data.DataLoader):
     """DataLoader over Clips; its batches are Samples of lists. batch: of all processes. Clips that
-    cannot be decoded go into `bad`, {path: reason}, and are named once on stderr. Raises BadInput
-    when they are more than ten and more than 1 % of the clips."""
+    cannot be decoded go into `bad`, {path: reason}, and are named once on stderr; more than ten and
+    more than 1 % of the clips raise BadInput."""
 
     def __init__(self, clips, batch, workers=0, rank=RANK, world=WORLD, bad=None):
         if clips.train:
@@ -999,8 +994,7 @@ class ClipLoader(torch.utils.data.DataLoader):
             yield epoch, itertools.islice(batches, len(self))
 
     def mean(self, values, epoch):
-        """Values (n,) of each batch of an epoch, a list -> their means. Raises BadInput, with clips
-        of the first batch of which a value is not finite."""
+        """Values (n,) of each batch of an epoch, a list -> their means, if all are finite"""
         values = torch.stack(values)
         finite = values.isfinite().all(1).tolist()
         if not all(finite):
@@ -1050,11 +1044,10 @@ def jitter(video, factors):
 
 
 def training_view(batch, size, mirror, seed, device):
-    """Augmentation as in ActionCLIP for a batch of a loader, but drawn once for all frames of a
-    clip, since videos do not flicker, by its key: the same at any size. A crop with sides of 1,
-    .875, .75 or .66 times the shorter side (small networks: 1, .875); flip p .5 where mirror, a
-    bool per class, is true; colour jitter p .8 (.4, .4, .2, .1); grey p .2. -> float (B, T, 3,
-    size, size) in 0..1"""
+    """ActionCLIP's augmentation of a loader's batch -> float (B, T, 3, size, size) in 0..1. Drawn
+    once for all frames of a clip, since videos do not flicker, and by its key: a crop with sides of
+    1, .875, .75, .66 (small networks: 1, .875) times the shorter side; flip p .5 where mirror, a
+    bool per class; colour jitter p .8 (.4, .4, .2, .1); grey p .2."""
     scales = (1, .875, .75, .66) if size > 100 else (1, .875)
     out, factors = [], []
     for video, label, key in zip(batch.video, batch.label, batch.key, strict=True):
@@ -1077,8 +1070,8 @@ def training_view(batch, size, mirror, seed, device):
 def compressed_view(clips, size, rngs=None, mirror=None):
     """What the three networks see of B clips -> {"mv": (B, S, 2, size, size), pixels / 40, clamped
     to +-.5; "r": (B, S, 3, size, size), -1..1; "i": the same, 0..1}: the middle square. Training,
-    with a generator and a bool per clip: a square of 1, .875 or .75 times the shorter side, the
-    same for all three; flip p .5 where mirror, which negates mv's x."""
+    with a generator and a bool per clip: one square of 1, .875 or .75 times the shorter side; flip
+    p .5 where mirror, which negates mv's x."""
     out = []
     for n, coded in enumerate(clips):
         mv, *pictures = modalities(coded)
@@ -1179,7 +1172,7 @@ def build_clip(spec, cache="runs/cache"):
     file that read_weights knows, or `random`; without it, toy CLIPs come pre-trained, others are
     random. The activation is that of the weights (OpenAI: QuickGELU, TinyCLIP, LAION: GELU; mixing
     them loads without a word and costs accuracy), of a bare file that of NAME: of OpenAI's files
-    say NAME-quickgelu:FILE. Raises BadInput."""
+    say NAME-quickgelu:FILE."""
     name, _, weights = spec.partition(":")
     config = CLIPS.get(name) or open_clip.get_model_config(name) or {}
     known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
@@ -1216,10 +1209,10 @@ def build_clip(spec, cache="runs/cache"):
 
 
 def read_weights(path):
-    """Read a file of weights -> {"clip": state, ...}. Raises BadInput. The formats: TinyCLIP's and
-    open_clip's {"state_dict"}, or the bare tensors; ActionCLIP's {"model_state_dict",
-    "fusion_model_state_dict"}, which adds quick_gelu=True and fusion=state (ours say quick_gelu and
-    more themselves). OpenAI's TorchScript archives are programs, and are not run."""
+    """Read a file of weights -> {"clip": state, ...}: TinyCLIP's and open_clip's {"state_dict"}, or
+    bare tensors; ActionCLIP's {"model_state_dict", "fusion_model_state_dict"}, which adds
+    quick_gelu=True and fusion=state (ours say quick_gelu and more themselves). OpenAI's TorchScript
+    archives are programs, and are not run."""
     more = {}
     try:
         state = open_clip.factory.load_state_dict(str(path))
@@ -1253,8 +1246,7 @@ def load_strictly(module, state, path, name):
 
 @functools.cache
 def _toy_stills(steps, batch):
-    """What toy CLIPs learn from, drawn once for all of them -> uint8 (steps * batch, 3, 32, 32),
-    captions"""
+    """What toy CLIPs learn from -> uint8 (steps * batch, 3, 32, 32), captions"""
     rng, stills, captions = np.random.default_rng(0), [], []
     for _ in range(steps):
         truths = [toy_truth(rng, "growing", str(rng.choice(SCENES))) for _ in range(batch)]
@@ -1351,10 +1343,9 @@ class MeanHead(nn.Module):
 
 
 class ActionCLIP(nn.Module):
-    """A CLIP and a fusion head: videos and texts -> embeddings of one space, not normalised. Pixels
-    are normalised in here, each CLIP's own way. name: of the backbone; frames: T of the checkpoint,
-    or None; templates: the sentences about a class; size: side of the frames; side: shorter side to
-    decode to (224: 256); width: D."""
+    """A CLIP and a fusion head: videos and texts -> embeddings of one space, not normalised; pixels
+    are normalised in here, each CLIP's own way. frames: T of the checkpoint, or None; templates:
+    sentences about a class; size: side of the frames; side: shorter side to decode to (224: 256)"""
 
     def __init__(self, name, clip, tokenizer, fusion_layers=6, token=False):
         super().__init__()
@@ -1418,7 +1409,7 @@ class ActionCLIP(nn.Module):
         return counter.get_total_flops() / 2e9
 
     def about(self, frames):
-        """What a checkpoint must say beside the weights, for build_action_clip"""
+        """What a checkpoint says beside the weights, for build_action_clip"""
         return {"backbone": self.name, "quick_gelu": self.clip.quick_gelu, "frames": frames,
                 "templates": self.templates}
 
@@ -1426,7 +1417,7 @@ class ActionCLIP(nn.Module):
 def build_action_clip(spec, fusion_layers=6, cache="runs/cache", token=False, checkpoint=None):
     """ActionCLIP on the backbone NAME[:WEIGHTS] (see build_clip); fusion_layers=0: MeanHead. An
     ActionCLIP checkpoint as WEIGHTS brings its fusion head, with the token if it has one.
-    checkpoint: such a file; ours name their own backbone, frames, templates. Raises BadInput."""
+    checkpoint: such a file; ours name their own backbone, frames, templates."""
     if checkpoint:
         saved = read_weights(checkpoint)
         if "fusion" not in saved:
@@ -1448,8 +1439,8 @@ def build_action_clip(spec, fusion_layers=6, cache="runs/cache", token=False, ch
 
 
 class Task(NamedTuple):
-    """Something else to be said of a clip than its action: L labels, the sentences they are put
-    into, may several be true at once, and q (N, L), how likely each is in N clips."""
+    """Something to be said of a clip beside its action. templates: sentences for the L labels;
+    multi_label: several may be true; q (N, L): how likely each is in N clips"""
     name: str
     labels: list
     templates: list = ("a photo of {}",)
@@ -1503,7 +1494,7 @@ def _toy_resnet():
 class ExitNet(nn.Module):
     """The ResNet of one modality; exits 1 to 3 read layers 1 to 3, exit 4 is its own classifier. mv
     and r start with a BatchNorm, i with ImageNet's mean and std. name: `toy` or any of torchvision;
-    imagenet: its weights, but for the classifier and mv's first layer. Raises BadInput."""
+    imagenet: its weights, but for the classifier and mv's first layer."""
 
     def __init__(self, modality, name, classes, imagenet=False):
         super().__init__()
@@ -1523,8 +1514,7 @@ class ExitNet(nn.Module):
         self.fc = nn.Linear(net.fc.in_features, classes)
 
     def stages(self, x):
-        """x (B, S, C, H, W) of compressed_view -> yields the maps (B*S, c, h, w) behind layers 1 to
-        4; a caller who stops early spares the rest."""
+        """x (B, S, C, H, W) -> yields the maps (B*S, c, h, w) behind layers 1 to 4, as asked for"""
         x = x.flatten(0, 1)
         x = self.input(x) if self.input else (x - self.mean) / self.std
         x = self.stem(x)
