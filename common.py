@@ -150,7 +150,7 @@ def read_saved(path, *keys):
             _ = saved[key]
         return saved
     except Exception as error:  # torch.load raises many kinds
-        raise BadInput(f"{path} was cut off or is another kind of file: remove it") from error
+        raise BadInput(f"{path} was cut off, or is another kind of file: remove it") from error
 
 
 # ---- toy clips -----------------------------------------------------------------------------------
@@ -1230,7 +1230,7 @@ def read_weights(path):
                 f"{path} is a TorchScript archive, as OpenAI's are, and may run any code. If you "
                 f"trust it: python -c \"import torch; torch.save(torch.jit.load('{path}', 'cpu')"
                 f".state_dict(), 'FILE')\", then NAME-quickgelu:FILE") from error
-        raise BadInput(f"{path} holds no weights in a known format ({error!r:.99})") from error
+        raise BadInput(f"{path}: no weights in a known format ({error!r:.99})") from error
     return {**more, "clip": state}
 
 
