@@ -1,8 +1,9 @@
 """Clips in, networks out: data loading and model builders, what a method needs before it starts.
 
 This file trains nothing (but the toy CLIPs, in place of a download), logs nothing, reads no flags
-and knows nothing of the roles that networks play in a method. Sections: errors and files | toys |
-data sets | RGB decoding | compressed decoding | loaders | views | CLIP, ActionCLIP | exit networks
+and knows nothing of the roles that networks play in a method. A mistake that the user can mend
+raises BadInput, a file that cannot be decoded BadVideo. Sections: errors and files | toys | data
+sets | RGB decoding | compressed decoding | loaders | views | CLIP, ActionCLIP | exit networks
 
 Axes:  B clips   T frames that a network sees   C H W channels, height, width   D embedding width
 K classes   N frames of a file   V windows of a clip   S segments of a coded clip   E exits
@@ -15,10 +16,8 @@ import inspect
 import io
 import itertools
 import json
-import math
 import os
 import re
-import shutil
 import sys
 import tempfile
 import zlib
@@ -32,7 +31,6 @@ import open_clip
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from av.codec.context import Flags2
 from av.sidedata.sidedata import SideDataContainer
 from av.video.frame import PictureType
@@ -44,6 +42,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import draw_bounding_boxes, draw_keypoints, make_grid, save_image
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 
 # ---- errors and files ----------------------------------------------------------------------------
 
@@ -62,19 +63,19 @@ class BadVideo(Exception):
 
 def run(main):
     """Run a script's main(). What a user can mend ends in one line and exit code 2."""
+    script = Path(sys.argv[0]).name
     try:
         main()
     except KeyboardInterrupt:
-        line, code = "interrupted; --resume goes on after the last finished epoch", 130
+        print(f"{script}: interrupted; --resume goes on from the last epoch", file=sys.stderr)
+        sys.exit(130)
     except (BadInput, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader"):
             raise  # else a worker was killed or hangs
         # a mistake found by a worker stands at the end of its traceback
-        line, code = str(error).splitlines()[-1].removeprefix("common.BadInput: "), 2
-    else:
-        return
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: {line}\n")
-    sys.exit(code)
+        line = str(error).splitlines()[-1].removeprefix("common.BadInput: ")
+        print(f"{script}: {line}", file=sys.stderr)
+        sys.exit(2)
 
 
 def which_split(text):
@@ -83,38 +84,35 @@ def which_split(text):
 
 
 def several(main, argv, split, seeds):
-    """A script's main() once for each split, `all`: the three official ones, and each seed: prints
-    mean and standard deviation of every top-1. -> {name: [top-1, ...]}"""
-    found = {}
+    """A script's main() for each seed and split (`all`: 1 to 3). Prints mean and standard deviation
+    of every top-1. -> {name: [top-1, ...]}"""
+    argv, found = sys.argv[1:] if argv is None else argv, {}
     for part, seed in itertools.product((1, 2, 3) if split == "all" else (split,), seeds):
-        more = ["--split", str(part), "--seed", str(seed), "--seeds"]  # of --seeds, none
-        for name, x in top1(main([*(sys.argv[1:] if argv is None else argv), *more])):
+        # --seeds without a value: none
+        results = main([*argv, "--split", str(part), "--seed", str(seed), "--seeds"])
+        for name, x in top1(results):
             found.setdefault(name, []).append(x)
-    for name, x in found.items() if os.environ.get("RANK", "0") == "0" else ():
-        each, sd = " ".join(map("{:.4f}".format, x)), np.std(x, ddof=min(1, len(x) - 1))
-        print(f"{name}: mean {np.mean(x):.4f} sd {sd:.4f} of {each}")
+    if RANK == 0:
+        for name, x in found.items():
+            deviation = np.std(x, ddof=1) if len(x) > 1 else 0.
+            each = " ".join(map("{:.4f}".format, x))
+            print(f"{name}: mean {np.mean(x):.4f} sd {deviation:.4f} of {each}")
     return found
 
 
 def top1(results, before=""):
     """Yields (name, x) of each top-1 in a script's results, nested dicts"""
     for key, x in results.items():
-        name = f"{before} {key}".replace("top1", "").strip() or "top1"
+        name = f"{before} {key}"
         if isinstance(x, dict):
-            yield from top1(x, f"{before} {key}")
-        elif isinstance(x, float) and "top1" in f"{before} {key}":
-            yield name, x
-
-
-@functools.cache
-def say_once(text):
-    print(text, file=sys.stderr)
+            yield from top1(x, name)
+        elif isinstance(x, float) and "top1" in name:
+            yield name.replace("top1", "").strip() or "top1", x
 
 
 @contextlib.contextmanager
 def renamed(path):
-    """Yields a name to write to, which becomes `path` in the end: a kill or a full disk leaves what
-    was there before. Raises BadInput."""
+    """Yields a name that becomes `path` in the end: a kill or a full disk leaves what was there."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,28 +126,31 @@ def renamed(path):
 
 
 def save(state, path):
-    """torch.save, whole or not at all, and no weight that is not finite. Raises BadInput."""
-    for name, held in state.items():
-        for key, x in held.items() if isinstance(held, dict) else ():
-            if torch.is_tensor(x) and not x.isfinite().all():
-                raise BadInput(f"{path} is not written: {key} of {name} is not finite; a lower "
-                               f"--lr may help")
+    """torch.save, whole or not at all, of weights that are finite."""
+    for name, part in state.items():
+        if isinstance(part, dict):
+            check_finite(part, name, path)
     buffer = io.BytesIO()  # torch.save hides why it cannot write to a file
     torch.save(state, buffer)
     with renamed(path) as part:
         part.write_bytes(buffer.getbuffer())
 
 
+def check_finite(state, name, path):
+    for key, x in state.items():
+        if torch.is_tensor(x) and not x.isfinite().all():
+            raise BadInput(f"{path}: {key} of {name} is not finite")
+
+
 def read_saved(path, *keys):
-    """What save() has written, with these keys, on the CPU. Raises BadInput."""
+    """What save() has written, with these keys, on the CPU."""
     try:
         saved = torch.load(path, "cpu", weights_only=True)
         for key in keys:
             _ = saved[key]
         return saved
     except Exception as error:  # torch.load raises many kinds
-        raise BadInput(f"{path} was cut off, or is another kind of file ({type(error).__name__}); "
-                       f"remove it, and the script that writes it starts anew") from error
+        raise BadInput(f"{path} was cut off, or is another kind of file: remove it") from error
 
 
 # ---- toy clips -----------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ def toy_clip(truth, frames=16, pixels=64):
 
 
 def write_video(path, frames, fps=24, codec="mpeg4", pix_fmt="yuv420p", **options):
-    """Encode uint8 frames (N, H, W, 3), every 12th an I-frame, others P; options: the codec's."""
+    """Encode uint8 frames (N, H, W, 3), every 12th an I-frame, others P."""
     options = {"g": "12", "bf": "0", "qmin": "2", "qmax": "4", **options}
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps, options=options)
@@ -225,12 +226,13 @@ def write_video(path, frames, fps=24, codec="mpeg4", pix_fmt="yuv420p", **option
 
 def make_toy_folder(folder, train=1200, test=300, seed=0, pairs=False, motions=tuple(MOTIONS)):
     """Draw and encode toy clips into `folder`: lists of splits 1 and 2, toy_truth.json, the clips.
-    pairs: split 1 alone, of classes "circle moving left", ..., in larger and longer clips with a
-    vector per 8 pixels."""
+    pairs: split 1, classes "circle moving left", ..., larger and longer, a vector per 8 pixels."""
     rng, truths = np.random.default_rng(seed), {}
     shape, options = ((24, 96), {"flags": "+mv4"}) if pairs else ((16, 64), {})
-    parts = [("train", train, "train1"), ("test", test, "test1"), ("swapped", test, "test2")]
-    for part, count, name in parts[:2 if pairs else 3]:
+    parts = [("train", train, ["train1", "train2"]), ("test", test, ["test1"])]
+    if not pairs:
+        parts.append(("swapped", test, ["test2"]))
+    for part, count, lists in parts:
         (folder / part).mkdir(parents=True)
         rows = [("path", "label")]
         for i in range(count):
@@ -246,10 +248,9 @@ def make_toy_folder(folder, train=1200, test=300, seed=0, pairs=False, motions=t
             write_video(folder / clip, toy_clip(truth, *shape), **options)
             truths[clip] = truth
             rows.append((clip, label))
-        with open(folder / f"{name}.csv", "w", newline="") as file:
-            csv.writer(file).writerows(rows)
-    if not pairs:
-        shutil.copy(folder / "train1.csv", folder / "train2.csv")
+        for name in lists:
+            with open(folder / f"{name}.csv", "w", newline="") as file:
+                csv.writer(file).writerows(rows)
     (folder / "toy_truth.json").write_text(json.dumps(truths, indent=0))
 
 
@@ -258,8 +259,8 @@ TOYS = {"toy": {}, "toy-pairs": {"train": 900, "test": 240, "pairs": True},  # f
 
 
 def cached(cache, name, make, *sources):
-    """Path of a file or folder in the cache; if missing, process 0 calls make(path). Its name has a
-    digest of `sources`, functions and values: what older code made is not reused."""
+    """Path of what make(path) makes once. Its name has a digest of `sources`, functions and values:
+    what older code made is not reused."""
     code = "".join(inspect.getsource(s) if callable(s) else repr(s) for s in sources)
     path = Path(cache) / f"{name}-{zlib.crc32(code.encode()):08x}"
     if not path.exists() and (not dist.is_initialized() or dist.get_rank() == 0):
@@ -276,9 +277,9 @@ def cached(cache, name, make, *sources):
 
 @dataclasses.dataclass
 class VideoData:
-    """train, test: lists of (path, class index); classes: K names in words; missing: listed clips
-    that do not exist; unseen: classes held out of training; official: the names as in ActionCLIP's
-    lists; bad: {path: reason} of clips that cannot be decoded, filled by loaders."""
+    """train, test: [(path, class index)]; classes: K names in words; missing: listed clips that do
+    not exist; unseen: classes held out of training; official: names as in ActionCLIP's lists; bad:
+    {path: reason} of clips that cannot be decoded, filled by loaders."""
     name: str
     classes: list
     train: list
@@ -309,9 +310,8 @@ class VideoData:
                 for what, names in found.items() if names]
 
 
-FORMATS = ("formats: HMDB51 as released (testTrainMulti_7030_splits/ beside class folders), UCF101 "
-           "as released (ucfTrainTestlist/ beside class folders or UCF-101/), train1.csv, test1.csv"
-           " or train.csv, test.csv (header path,label), train/CLASS/* + test/CLASS/*")
+FORMATS = ("formats: HMDB51 and UCF101 as released, lists beside class folders; train1.csv and "
+           "test1.csv or train.csv and test.csv, header path,label; train/CLASS/* + test/CLASS/*")
 
 
 def words(name):
@@ -321,8 +321,7 @@ def words(name):
 
 def read_data(data, split=1, allow_missing=False, cache="runs/cache", toys="toy"):
     """Read the lists of `toy` (one of TOYS) or of a folder in one of FORMATS -> VideoData. Labels
-    come from class names, never from ids in a list. Raises BadInput for an unknown format, missing
-    clips, an empty list, a class without training clips and a clip on both lists."""
+    come from class names, never from ids in a list."""
     root = Path(data)
     if data == "toy":
         root = cached(cache, toys, functools.partial(make_toy_folder, **TOYS[toys]), TOYS[toys],
@@ -330,106 +329,109 @@ def read_data(data, split=1, allow_missing=False, cache="runs/cache", toys="toy"
                       DIAGONALS, SHAPES, COLOURS, SCENES)
     if not root.is_dir():
         raise BadInput(f"--data {data}: no such folder; name a folder, or `toy`; {FORMATS}")
-    rows = train, test = _rows(root, split)
-    classes = sorted({name for _, name in train + test})
-    bare = sorted({name for _, name in test} - {name for _, name in train}) if train else []
-    listed = [{os.path.realpath(path) for path, _ in part} for part in rows]
-    missing = [str(path) for path, _ in train + test if not os.path.isfile(path)]
-    wrong = {"classes of the test list have no training clip": bare,
-             "clips are listed both for training and for testing": sorted(listed[0] & listed[1])}
-    if not allow_missing:
-        wrong[f"of {len(train + test)} listed clips are missing (see --allow-missing)"] = missing
-    for what, names in wrong.items():
-        if names:
-            raise BadInput(f"{root}: {len(names)} {what}, first {', '.join(names[:3])}")
-    gone = set(map(Path, missing))
-    train, test = ([(str(path), classes.index(name)) for path, name in part if path not in gone]
-                   for part in rows)
+    train_rows, test_rows = _rows(root, split)
+    listed = train_rows + test_rows
+    missing = {path: name for path, name in listed if not os.path.isfile(path)}
+    if missing and not allow_missing:
+        raise BadInput(f"{root}: {len(missing)} of {len(listed)} listed clips are missing "
+                       f"(see --allow-missing), first {', '.join(list(missing)[:3])}")
+    classes = sorted({name for _, name in listed})
+    train = [(path, classes.index(name)) for path, name in train_rows if path not in missing]
+    test = [(path, classes.index(name)) for path, name in test_rows if path not in missing]
     if not (train and test):
-        raise BadInput(f"{root}: no {'test' if train else 'training'} clips; {len(missing)} listed "
-                       f"clips are missing")
+        what = "test" if train else "training"
+        raise BadInput(f"{root}: no {what} clips, {len(missing)} listed clips are missing")
+    bare = sorted({name for _, name in test_rows} - {name for _, name in train_rows})
+    if bare:
+        raise BadInput(f"{root}: {len(bare)} classes to be tested have no training clip: {bare[0]}")
+    trained = {os.path.realpath(path) for path, _ in train}
+    both = [path for path, _ in test if os.path.realpath(path) in trained]
+    if both:
+        raise BadInput(f"{len(both)} clips are listed both for training and for testing: {both[0]}")
     official = [name.title().replace(" ", "") for name in classes]
-    return VideoData(Path(data).resolve().name, classes, train, test, missing,
+    return VideoData(Path(data).resolve().name, classes, train, test, list(missing),
                      official=official if (root / "ucfTrainTestlist").is_dir() else None)
 
 
 def _rows(root, split):
     """The lists of a folder as they stand there -> training and test [(path, class name)]"""
-    rows, parts = ([], []), ("train", "test")
-    hmdb, ucf = root / "testTrainMulti_7030_splits", root / "ucfTrainTestlist"
-    lists, plain = ([root / f"{part}{end}.csv" for part in parts] for end in (split, ""))
+    lists = [root / f"train{split}.csv", root / f"test{split}.csv"]
     if split == 1 and not all(map(Path.is_file, lists)):
-        lists = plain
-    folders = [root / part for part in parts]
-    if hmdb.is_dir():
-        files = sorted(hmdb.glob(f"*_test_split{split}.txt"))
-        if not files:
-            raise BadInput(f"{hmdb} lacks CLASS_test_split{split}.txt, HMDB51's official lists")
-        names = [path.name.rsplit("_", 2)[0] for path in files]  # brush_hair_test_split1.txt
-        gone = {path.name.rsplit("_", 2)[0] for path in hmdb.glob("*_test_split?.txt")} - {*names}
-        if gone:
-            raise BadInput(f"{hmdb} lacks the list of split {split} for {', '.join(sorted(gone))}")
-        home = root if any((root / name).is_dir() for name in names) else root / "hmdb51_org"
-        for path, name in zip(files, names, strict=True):  # 1 training, 2 test, 0 neither
-            text = path.read_text(errors="replace")
-            if not re.search(r"^.+ [012]\s*$", text, re.M):
-                raise BadInput(f"{path} lists no clip; each line is: name.avi 1 (2: test, 0: none)")
-            for clip, part in re.findall(r"^(.+) ([12])\s*$", text, re.M):
-                rows[int(part) - 1].append((home / name / clip, words(name)))
-    elif ucf.is_dir():
-        home = root / "UCF-101" if (root / "UCF-101").is_dir() else root
-        for row, part in zip(rows, parts, strict=True):
-            path = ucf / f"{part}list0{split}.txt"
-            if not path.is_file():
-                raise BadInput(f"{path} is missing, one of UCF101's official lists")
-            clips = re.findall(r"^\S+", path.read_text(errors="replace"), re.M)
-            row += [(home / clip, words(clip.split("/")[0])) for clip in clips]
-    elif all(map(Path.is_file, lists)):
+        lists = [root / "train.csv", root / "test.csv"]
+    if (root / "testTrainMulti_7030_splits").is_dir():
+        return _hmdb51_rows(root, split)
+    if (root / "ucfTrainTestlist").is_dir():
+        return _ucf101_rows(root, split)
+    if all(map(Path.is_file, lists)):
         return [_csv_rows(path) for path in lists]
-    elif split == 1 and all(map(Path.is_dir, folders)):
-        for row, folder in zip(rows, folders, strict=True):
-            for home in filter(Path.is_dir, sorted(folder.glob("[!.]*"))):
-                clips = list(filter(Path.is_file, sorted(home.glob("[!.]*"))))
-                if not clips:
-                    raise BadInput(f"{home} holds no clip; put some there or remove the folder")
-                row += [(clip, words(home.name)) for clip in clips]
-    else:
-        held = ", ".join(sorted(path.name for path in root.iterdir())[:4]) or "nothing"
-        raise BadInput(f"--data {root}: no data set with a split {split} is recognised there (it "
-                       f"holds {held}); {FORMATS}")
+    if split == 1 and (root / "train").is_dir() and (root / "test").is_dir():
+        return _folder_rows(root / "train"), _folder_rows(root / "test")
+    raise BadInput(f"--data {root} holds no data set with a split {split}; {FORMATS}")
+
+
+def _official(path, pattern):
+    """What the lines of an official list hold"""
+    if not path.is_file():
+        raise BadInput(f"{path} is missing, one of the official lists")
+    found = re.findall(pattern, path.read_text(errors="replace"), re.M)
+    if not found:
+        raise BadInput(f"{path} lists no clip")
+    return found
+
+
+def _hmdb51_rows(root, split):
+    lists, rows = root / "testTrainMulti_7030_splits", ([], [])
+    home = root / "hmdb51_org" if (root / "hmdb51_org").is_dir() else root
+    names = {path.name.rsplit("_", 2)[0] for path in lists.glob("*_test_split?.txt")}
+    for name in sorted(names) or ["CLASS"]:
+        for clip, part in _official(lists / f"{name}_test_split{split}.txt", r"^(.+) ([012])\s*$"):
+            if part != "0":  # 1 training, 2 test, 0 neither
+                rows[int(part) - 1].append((str(home / name / clip), words(name)))
     return rows
+
+
+def _ucf101_rows(root, split):
+    home, rows = root / "UCF-101" if (root / "UCF-101").is_dir() else root, []
+    for part in ("train", "test"):
+        clips = _official(root / "ucfTrainTestlist" / f"{part}list0{split}.txt", r"^\S+")
+        rows.append([(str(home / clip), words(clip.split("/")[0])) for clip in clips])
+    return rows
+
+
+def _folder_rows(folder):
+    clips = [path for path in sorted(folder.glob("[!.]*/[!.]*")) if path.is_file()]
+    return [(str(path), words(path.parent.name)) for path in clips]
 
 
 def _csv_rows(path):
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = [(line["path"].strip(), line["label"].strip()) for line in csv.DictReader(file)]
-        if not all(itertools.chain(*rows)) or "\0" in "".join(itertools.chain(*rows)):
-            raise ValueError("an empty field, or a NUL byte")
+        if not all(label for _, label in rows):
+            raise ValueError("an empty label")
     except (ValueError, csv.Error, KeyError, AttributeError) as error:
-        raise BadInput(f"{path}: no UTF-8 list with the header path,label and both in each line "
-                       f"({error!r})") from None
-    return [(path.parent / clip, label) for clip, label in rows]
+        raise BadInput(f"{path} is no UTF-8 list with path,label above and in each line") from error
+    return [(str(path.parent / clip), label) for clip, label in rows]
 
 
 def split_unseen(data, count, seed=0):
     """Hold `count` classes, drawn by the seed (toys: diagonals), out of training. -> {"": the other
-    classes, renumbered; "_unseen": the test clips of the held-out classes, to classify among these;
-    "_unseen_all": the same, among all}; count 0: {"": data}. Raises BadInput."""
+    classes, renumbered; "_unseen": test clips of the held-out classes, to classify among these;
+    "_unseen_all": the same, among all}"""
     if not count:
         return {"": data}
     able = [name for name in data.classes if name in DIAGONALS] or data.classes
     if not 2 <= count <= min(len(able), len(data.classes) - 2):
-        raise BadInput(f"--unseen {count}: of {data.name}'s {len(data.classes)} classes, two must "
-                       f"be left on either side and {len(able)} can be held out")
+        raise BadInput(f"--unseen {count} of {len(able)} classes: two must be left on either side")
     unseen = sorted(np.random.default_rng([seed, 4]).choice(able, count, replace=False).tolist())
     seen = [name for name in data.classes if name not in unseen]
 
-    def part(chosen, classes, *parts):
+    def part(chosen, classes, train, test):
         ids = {data.classes.index(name): classes.index(name) for name in chosen}
-        train, test = ([(path, ids[k]) for path, k in clips if k in ids] for clips in parts)
-        return dataclasses.replace(data, name=f"{data.name}-unseen{count}", classes=classes,
-                                   train=train, test=test, unseen=unseen, official=None)
+        return dataclasses.replace(
+            data, name=f"{data.name}-unseen{count}", classes=classes, unseen=unseen, official=None,
+            train=[(path, ids[k]) for path, k in train if k in ids],
+            test=[(path, ids[k]) for path, k in test if k in ids])
 
     parts = {"": part(seen, seen, data.train, data.test),
              "_unseen": part(unseen, unseen, [], data.test),
@@ -440,19 +442,18 @@ def split_unseen(data, count, seed=0):
 
 
 def hold_out(data, share, seed=0):
-    """Take that share of each class's training clips, drawn by the seed, out of training. -> data
-    without them, and these clips [(path, label)]"""
+    """Take a share of each class's training clips out of training. -> data, [(path, label)]"""
     rng, held = np.random.default_rng([seed, 7]), set()
     for k in sorted({label for _, label in data.train}):
-        own = list(dict.fromkeys(path for path, label in data.train if label == k))
-        held |= set(rng.permutation(own)[:min(len(own) - 1, round(share * len(own)))].tolist())
+        own = [path for path, label in data.train if label == k]
+        count = min(len(own) - 1, round(share * len(own)))
+        held |= set(rng.permutation(own)[:count].tolist())
     rest = [clip for clip in data.train if clip[0] not in held]
     return dataclasses.replace(data, train=rest), [clip for clip in data.train if clip[0] in held]
 
 
 def few_shot(data, shots, seed=0):
-    """Keep `shots` training clips of each class, drawn by the seed; 0: all. Raises BadInput where a
-    class has fewer."""
+    """Keep `shots` training clips of each class, drawn by the seed; 0: all."""
     if not shots:
         return data
     rng, kept = np.random.default_rng([seed, 8]), []
@@ -465,12 +466,13 @@ def few_shot(data, shots, seed=0):
 
 
 def noisy_labels(data, share, seed=0):
-    """Replace that share of the training labels, drawn by the seed, by other classes."""
+    """Replace a share of the training labels, drawn by the seed, by other classes."""
     if not share:
         return data
     rng, train, K = np.random.default_rng([seed, 9]), list(data.train), len(data.classes)
     for i in rng.permutation(len(train))[:round(share * len(train))]:
-        train[i] = train[i][0], int(train[i][1] + rng.integers(1, K)) % K
+        path, label = train[i]
+        train[i] = path, int(label + rng.integers(1, K)) % K
     return dataclasses.replace(data, name=f"{data.name}-noise{share:g}", train=train)
 
 
@@ -493,13 +495,13 @@ def dense_indices(count, frames, rng=None, views=1):
     N=count; with rng one window at random (training), else `views` evenly spaced; 1: central"""
     last = max(0, count - 128)
     starts = [last // 2] if views == 1 else np.linspace(0, last, views).astype(int)
-    starts = starts if rng is None else [rng.integers(last + 1)]
+    if rng is not None:
+        starts = [rng.integers(last + 1)]
     return (np.array(starts)[:, None] + np.arange(frames) * max(1, 128 // frames)) % count
 
 
 VOP = re.compile(b"\0\0\1\xb6(.)", re.S)  # a picture of MPEG-4; two bits say: I, P, B or S
-# Files of a data set are opened as files, whatever their names look like. These formats, playlists,
-# name other files or addresses to be opened.
+# Files of a data set are opened as files. Playlists name other files or addresses to be opened.
 CONTAINERS = av.formats_available - {"concat", "dash", "hls", "image2", "imf", "rtsp", "sdp", "tty",
                                      "webm_dash_manifest"}
 
@@ -536,7 +538,7 @@ class VideoIndex(NamedTuple):
 @functools.lru_cache(maxsize=100_000)
 def video_index(path):
     """Timestamps and keyframes of a file from its packets: pipes, edit lists and damaged headers
-    declare wrong numbers. Raises BadVideo, also for a file that ends within a packet."""
+    declare wrong numbers."""
     pts, keys, kinds, cut = [], [], [], False
     with open_video(path) as (container, stream):
         form, codec = container.format.name, stream.codec_context.codec.canonical_name
@@ -544,17 +546,20 @@ def video_index(path):
             if packet.size <= (codec == "mpeg4") or packet.is_discard:  # XviD's lead-in has a byte
                 continue
             pts.append(packet.pts)
-            keys += [packet.pts] if packet.is_keyframe else []
+            if packet.is_keyframe:
+                keys.append(packet.pts)
             kinds += [code[0] >> 6 for code in VOP.findall(bytes(packet))]
             cut = packet.is_corrupt
         reorders, count = stream.codec_context.has_b_frames, len(pts)
-    if cut or not pts:
-        raise BadVideo(path, "it was cut off: its last packet is incomplete" if cut else
-                       "the video stream holds no frame")
-    unfit = f"its codec is {codec}, not MPEG-4 part 2"
-    if codec == "mpeg4":
-        unfit = "it has B-frames" if 2 in kinds else \
-            "it has global motion compensation" if 3 in kinds else ""
+    if cut:
+        raise BadVideo(path, "it was cut off: its last packet is incomplete")
+    if not pts:
+        raise BadVideo(path, "the video stream holds no frame")
+    unfit = ""
+    if codec != "mpeg4":
+        unfit = f"its codec is {codec}, not MPEG-4 part 2"
+    elif 2 in kinds or 3 in kinds:
+        unfit = "it has B-frames, or global motion compensation"
     vague = form.startswith("mpeg") or None in pts or len(set(pts)) < count  # TS, PS; raw streams
     vague = vague or (form == "avi" and (reorders or codec != "mpeg4"))  # an index may be wrong
     if not vague and not (reorders and pts == sorted(pts)):
@@ -573,12 +578,10 @@ def video_index(path):
 
 
 def decode(path, indices, seek=True, export=None):
-    """Decode what `indices` need in one pass -> yields (position, frame) of frames on the way.
-    Seeks (unless seek=False) where a keyframe lies before the next of `indices`, and then spares
-    frames that no other refers to. export: options of the decoder, which then exports motion
-    vectors. Raises BadVideo, also where decoding cannot start at a keyframe and where the frame
-    size changes."""
-    index, at, size, frame, frames, needed = video_index(str(path)), -1, None, None, None, None
+    """Decode what `indices` need in one pass -> yields (position, frame) of frames on the way. With
+    `seek`, from the last keyframe before each of `indices`, and without frames that no other refers
+    to. export: options of the decoder, which then exports motion vectors."""
+    index, at, frames, size, needed = video_index(str(path)), -1, None, None, None
     if not 0 <= min(indices) <= max(indices) < index.count:
         raise BadVideo(path, f"it has {index.count} frames, none for all of {list(indices)}")
     with open_video(path) as (container, stream):
@@ -592,27 +595,33 @@ def decode(path, indices, seek=True, export=None):
             if frames is None or key > at + 1:
                 if key:
                     container.seek(int(index.pts[key]), stream=stream)
-                at, frames, start = key - 1, _pictures(container, stream, needed), key
-            while at < i and (found := next(frames, None)):
-                pts, frame = found
-                counted = index.pts is None or pts is None
-                new = at + 1 if counted else int(index.pts.searchsorted(pts))
-                if new <= at:
-                    continue
-                at = new
-                if start and (at > start or frame.is_corrupt or frame.pict_type != PictureType.I):
-                    raise BadVideo(path, f"decoding cannot start at frame {start}")
-                start, size = 0, size or (frame.width, frame.height)
+                at, frames = key - 1, _numbered(path, _pictures(container, stream, needed), key)
+            while at < i:
+                at, frame = next(frames)
+                size = size or (frame.width, frame.height)
                 if size != (frame.width, frame.height):
                     raise BadVideo(path, f"the frame size changes from {size}")
                 yield at, frame
-            if at < i and (start or not index.count - 3 <= at > -1):
-                raise BadVideo(path, f"decoding ends after frame {at} of {index.count}")
-            while at < i:  # decoders lose up to two frames at the end
-                at += 1
-                yield at, frame
             if at > i:
                 raise BadVideo(path, f"frame {i} of {index.count} is missing or out of order")
+
+
+def _numbered(path, pictures, key):
+    """Yields (position, frame) of `pictures` from keyframe `key` on, up to the end of the file."""
+    index, at = video_index(str(path)), key - 1
+    for pts, frame in pictures:
+        counted = index.pts is None or pts is None
+        new = at + 1 if counted else int(index.pts.searchsorted(pts))
+        if new <= at:
+            continue
+        if 0 <= at < key and (new > key or frame.is_corrupt or frame.pict_type != PictureType.I):
+            raise BadVideo(path, f"decoding cannot start at frame {key}")
+        at = new
+        yield at, frame
+    if at < max(key, index.count - 3):
+        raise BadVideo(path, f"decoding ends after frame {at} of {index.count}")
+    for lost in range(at + 1, index.count):  # decoders lose up to two frames at the end
+        yield lost, frame
 
 
 def _pictures(container, stream, needed=None):
@@ -645,14 +654,17 @@ def either_way(path, read):
         raise BadVideo(path, f"its pixels cannot be converted ({error})") from error
 
 
-def to_picture(frame, side=None, enlarge=True, converter=None):
-    """A decoded frame -> uint8 (3, H, W), RGB, upright; side, enlarge: as in read_frames"""
-    size = frame.width, frame.height
-    resize = side and (enlarge or side < min(size))
-    scaled = [max(1, round(a * side / min(size))) for a in size] if resize else size
-    picture = (converter or VideoReformatter()).reformat(
-        frame, *scaled, "rgb24", threads=1, interpolation=Interpolation.BICUBIC if resize
-        else Interpolation.BILINEAR).to_ndarray()
+CONVERTER = VideoReformatter()  # keeps what it has prepared for frames of the same size
+
+
+def to_picture(frame, side=None, enlarge=True):
+    """A decoded frame -> uint8 (3, H, W), RGB, upright. side: its shorter side in pixels, resized
+    (bicubic) on the way to RGB; not enlarge: at most."""
+    size, how = (frame.width, frame.height), Interpolation.BILINEAR
+    if side and (enlarge or side < min(size)):
+        size = [max(1, round(a * side / min(size))) for a in size]
+        how = Interpolation.BICUBIC
+    picture = CONVERTER.reformat(frame, *size, "rgb24", interpolation=how, threads=1).to_ndarray()
     matrix = SideDataContainer(frame).get("DISPLAYMATRIX")  # frame.rotation knows no mirrors
     if matrix is not None:
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]
@@ -663,13 +675,10 @@ def to_picture(frame, side=None, enlarge=True, converter=None):
 
 
 def read_frames(path, indices, side=None, enlarge=True):
-    """Decode the frames at `indices` (any order, repeats allowed) -> uint8 (T, 3, H, W), upright.
-    side: the shorter side in pixels, resized (bicubic) on the way to RGB; not enlarge: at most.
-    Raises BadVideo."""
+    """Decode the frames at `indices`, in any order -> uint8 (T, 3, H, W), as to_picture does"""
     def read(seek):
-        converter, frames = VideoReformatter(), decode(path, indices, seek)
-        pairs = ((at, frame) for at, frame in frames if at in wanted)
-        return {at: to_picture(frame, side, enlarge, converter) for at, frame in pairs}
+        return {at: to_picture(frame, side, enlarge)
+                for at, frame in decode(path, indices, seek) if at in wanted}
 
     wanted = set(map(int, indices))
     pictures = either_way(path, read)
@@ -680,26 +689,25 @@ def read_frames(path, indices, side=None, enlarge=True):
 def read_stream(source):
     """Decode a file, an address, a camera or - (standard input) as it comes -> yields (seconds
     since the first frame, frame). Where timestamps are missing or jump, a frame lasts 1 / the
-    stated rate. Damaged packets are skipped. Raises BadVideo, also where a file ends early."""
+    stated rate. Damaged packets are skipped. A file that ends early raises BadVideo then."""
     form, _, name = source.partition(":")
-    if form not in ("avfoundation", "dshow", "lavfi", "v4l2"):
+    if form not in ("avfoundation", "dshow"):
         form = "v4l2" if source.startswith("/dev/video") else None
         name = "pipe:0" if source == "-" else source
     options = {"framerate": "30"} if form == "avfoundation" else {}  # its default fits few cameras
     t, before, seen, cut = 0., None, 0, False
     with open_video(source, name, format=form, options=options) as (container, stream):
         for packet in container.demux(stream):
-            seen += packet.size > 0
-            cut = packet.is_corrupt if packet.size else cut
+            if packet.size:
+                seen, cut = seen + 1, packet.is_corrupt
             try:
                 frames = packet.decode()
             except av.error.InvalidDataError:
                 continue
-            lasts = 1 / float(stream.guessed_rate or 25)
             for frame in frames:
                 if before is not None:
                     passed = 0 if frame.time is None else frame.time - before
-                    t += passed if 0 < passed < 10 else lasts
+                    t += passed if 0 < passed < 10 else 1 / float(stream.guessed_rate or 25)
                 before = frame.time or 0.
                 yield t, frame
         declared = stream.frames if "mp4" in container.format.name else 0  # others may be wrong
@@ -717,9 +725,8 @@ def read_stream(source):
 # its content. Other codecs are re-encoded.
 
 VECTORS = np.dtype({  # FFmpeg's AVMotionVector; (dst_x, dst_y) is the centre of the block
-    "names": ["w", "h", "src_x", "src_y", "dst_x", "dst_y", "x", "y", "scale"],
-    "formats": ["u1", "u1", "i2", "i2", "i2", "i2", "i4", "i4", "u2"],
-    "offsets": [4, 5, 6, 8, 10, 12, 24, 28, 32], "itemsize": 40})
+    "names": ["w", "h", "dst_x", "dst_y", "x", "y", "scale"], "itemsize": 40,
+    "formats": ["u1", "u1", "i2", "i2", "i4", "i4", "u2"], "offsets": [4, 5, 10, 12, 24, 28, 32]})
 
 
 def p_frames(path):
@@ -730,9 +737,8 @@ def p_frames(path):
 
 
 class Coded(NamedTuple):
-    """S frames of a clip as they are stored. intra, frame: their I-frames and they themselves,
-    uint8 (S, 3, H, W), or None; motion: int16 (S, 2, h, w), x and y in quarters of a pixel, at
-    every 4th pixel; size: (H, W)."""
+    """S frames of a clip. intra, frame: their I-frames and they themselves, uint8 (S, 3, H, W);
+    motion: int16 (S, 2, h, w), x and y in quarters of a pixel, at every 4th pixel; size: (H, W)"""
     intra: torch.Tensor | None
     frame: torch.Tensor | None
     motion: torch.Tensor
@@ -743,12 +749,9 @@ class Coded(NamedTuple):
         return Coded(*moved, self.size)
 
 
-def read_compressed(path, indices, pictures=True, whole=False, step=4):
+def read_compressed(path, indices, pictures=True):
     """Decode the frames at `indices` with their I-frames and the motion between the two, MV above
-    (of an I-frame: 0), in one pass over each GOP -> Coded. pictures=False: motion alone, faster.
-    whole: truncate vectors to whole pixels as CoViAR does. step: trace the middle of each step x
-    step block. Raises BadVideo, also for what VideoIndex.unfit names and if interlaced or
-    turned."""
+    (of an I-frame: 0) -> Coded. pictures=False: motion alone, faster."""
     if reason := video_index(str(path)).unfit:
         raise BadVideo(path, f"{reason}: re-encode it")
     export = {} if pictures else {"skip_idct": "all", "skip_loop_filter": "all"}
@@ -769,25 +772,25 @@ def read_compressed(path, indices, pictures=True, whole=False, step=4):
                 vectors.append(b"" if held is None else bytes(held))
             before = frame
             if at in wanted:
-                shown = [intra, frame] if pictures else []
-                shown = [f.reformat(format="rgb24", threads=1).to_ndarray() for f in shown]
-                found[at] = [list(vectors), *shown]
+                found[at] = [list(vectors)]
+                if pictures:
+                    found[at] += [picture.reformat(format="rgb24", threads=1).to_ndarray()
+                                  for picture in (intra, frame)]
         return found, (frame.height, frame.width)
 
     found, size = either_way(path, read)
     vectors, *rgb = zip(*[found[int(i)] for i in indices], strict=True)
     rgb = [torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2) for part in rgb]
     intra, frame = rgb or (None, None)
-    return Coded(intra, frame, torch.from_numpy(_trace(vectors, *size, whole, step)), size)
+    return Coded(intra, frame, torch.from_numpy(_trace(vectors, *size)), size)
 
 
-def _trace(samples, H, W, whole, step):
-    """MV of S frames, each given by the vectors of its P-frames, bytes, oldest first -> int16 (S,
-    2, h, w)"""
+def _trace(samples, H, W):
+    """The vectors of each frame's P-frames, bytes, oldest first -> MV, int16 (S, 2, h, w)"""
     S, P = len(samples), max(1, *map(len, samples))
     padded = [[b""] * (P - len(own)) + own for own in samples]  # no vectors: nothing moves
-    fields = _fields(list(itertools.chain(*padded)), H, W, whole).reshape(2, S, P, -1)
-    y, x = np.mgrid[step // 2:H + step // 2:step, step // 2:W + step // 2:step].astype(np.int16)
+    fields = _fields(list(itertools.chain(*padded)), H, W).reshape(2, S, P, -1)
+    y, x = np.mgrid[2:H + 2:4, 2:W + 2:4].astype(np.int16)
     start = 4 * np.stack([np.minimum(x, W - 1), np.minimum(y, H - 1)])[:, None] + np.int16(2)
     at, border = start.repeat(S, 1), np.array([4 * W - 2, 4 * H - 2], np.int16)
     for p in reversed(range(P)):  # newest first, back to the I-frame
@@ -798,9 +801,8 @@ def _trace(samples, H, W, whole, step):
     return (start - at).swapaxes(0, 1)
 
 
-def _fields(frames, H, W, whole):
-    """The vectors of P-frames -> int16 (2, P, h, w), one per cell of 8 x 8 pixels, in quarters of a
-    pixel: where the content of the cell was in the frame before"""
+def _fields(frames, H, W):
+    """The vectors of P-frames -> int16 (2, P, h, w) of cells of 8 x 8 pixels, in quarters of one"""
     v = np.frombuffer(b"".join(frames), VECTORS)
     frame = np.repeat(np.arange(len(frames)), [len(part) // VECTORS.itemsize for part in frames])
     h, w = -(-H // 8) + 1, -(-W // 8) + 1  # blocks may reach out
@@ -808,19 +810,17 @@ def _fields(frames, H, W, whole):
     x, y = v["dst_x"] - v["w"] // 2, v["dst_y"] - v["h"] // 2
     cell = (frame * h + (y >> 3)) * w + (x >> 3)  # a block's first one
     motion = np.stack([v["x"], v["y"]]).astype(np.int16) * np.int16(4 // v["scale"].max(initial=1))
-    if whole:
-        motion = 4 * np.stack([v["src_x"] - v["dst_x"], v["src_y"] - v["dst_y"]])
     out[:, cell] = motion
     for part, more in ((wide, 1), (high, w), (wide & high, w + 1)):  # 8 or 16 pixels a side
         out[:, cell[part] + more] = motion[:, part]
     return out.reshape(2, len(frames), h, w)
 
 
-def modalities(coded, step=4):
+def modalities(coded):
     """Coded -> mv (S, 2, H, W), in pixels; r = F - I(A) (S, 3, H, W), whole numbers of -255..255; i
     uint8 (S, 3, H, W). Exactly: F = round(warp(i, mv)) + r. Without pictures: (mv,)"""
     H, W = coded.size
-    mv = coded.motion.repeat_interleave(step, -1).repeat_interleave(step, -2)[..., :H, :W] / 4
+    mv = coded.motion.repeat_interleave(4, -1).repeat_interleave(4, -2)[..., :H, :W] / 4
     if coded.frame is None:
         return (mv,)
     return mv, coded.frame - warp(coded.intra, mv).round(), coded.intra
@@ -829,20 +829,18 @@ def modalities(coded, step=4):
 def warp(i, mv):
     """I(A): i (S, 3, H, W) read at p - mv(p), mv (S, 2, H, W) in pixels. -> float (S, 3, H, W)"""
     H, W = i.shape[-2:]
-    y, x = torch.meshgrid(torch.arange(H, device=i.device), torch.arange(W, device=i.device),
-                          indexing="ij")
+    y, x = torch.arange(H, device=i.device)[:, None], torch.arange(W, device=i.device)
     at = torch.stack([(2 * (x - mv[:, 0]) + 1) / W - 1, (2 * (y - mv[:, 1]) + 1) / H - 1], -1)
     return F.grid_sample(i.float(), at, padding_mode="border", align_corners=False)
 
 
 def reencode(path, out):
-    """Write a video in CoViAR's form to `out`: MPEG-4 part 2, 340 x 256, upright, an I-frame at
-    least every 12 frames, no B-frames, quantiser 2 (FFmpeg's -q:v 1), constant rate. Raises
-    BadVideo."""
+    """Write a video in CoViAR's form: MPEG-4 part 2, 340 x 256, upright, an I-frame at least every
+    12 frames, no B-frames, quantiser 2 (FFmpeg's -q:v 1), constant rate."""
     count = video_index(str(path)).count
     with av.open(f"file:{out}", "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=25, options={
-            "g": "12", "bf": "0", "qmin": "2", "qmax": "2"})
+        options = {"g": "12", "bf": "0", "qmin": "2", "qmax": "2"}
+        stream = container.add_stream("mpeg4", rate=25, options=options)
         stream.width, stream.height, stream.pix_fmt = 340, 256, "yuv420p"
         stream.thread_count = 1  # the same file on any machine
         for i, frame in decode(path, range(count), seek=False):
@@ -859,7 +857,7 @@ def reencode(path, out):
 
 
 def coded_copy(path, folder):
-    """Path of a clip's copy in CoViAR's form, in `folder`, made if need be. Raises BadVideo."""
+    """Path of a clip's copy in CoViAR's form, made if need be"""
     number = zlib.crc32(os.path.abspath(path).encode())
     out = Path(folder) / Path(path).parent.name / f"{Path(path).stem}-{number:08x}.mp4"
     if not out.exists() or out.stat().st_mtime < os.path.getmtime(path):
@@ -945,7 +943,8 @@ class ClipOrder(torch.utils.data.Sampler):
         return self.count // self.batch if self.train else -(-self.count // self.batch)
 
     def __iter__(self):
-        return itertools.chain.from_iterable(map(self.batches, self.epochs))
+        for epoch in self.epochs:
+            yield from self.batches(epoch)
 
     def batches(self, epoch):
         rng = np.random.default_rng([self.seed, epoch])
@@ -962,13 +961,10 @@ def _collate(samples):
 
 class ClipLoader(torch.utils.data.DataLoader):
     """DataLoader over Clips; its batches are Samples of lists. batch: of all processes. Clips that
-    cannot be decoded go into `bad`, {path: reason}, and are named once on stderr. Raises BadInput
-    when they are more than ten and more than 1 % of the clips."""
+    cannot be decoded go into `bad`, {path: reason}, and are named once on stderr; more than ten and
+    more than 1 % of the clips raise BadInput."""
 
-    def __init__(self, clips, batch, workers=0, rank=0, world=None, bad=None):
-        if world is None:
-            live = dist.is_initialized()
-            rank, world = (dist.get_rank(), dist.get_world_size()) if live else (0, 1)
+    def __init__(self, clips, batch, workers=0, rank=RANK, world=WORLD, bad=None):
         if clips.train:
             batch = min(batch, len(clips)) // world * world
         if not batch:
@@ -976,8 +972,7 @@ class ClipLoader(torch.utils.data.DataLoader):
         self.order = ClipOrder(len(clips), batch, clips.train, clips.seed, rank, world)
         self.bad, self.lost = {} if bad is None else bad, set()  # of several loaders, of this one
         if clips.train and len(self.order) < 10:
-            say_once(f"{len(clips)} training clips in batches of {batch}: an epoch has only "
-                     f"{len(self.order)} steps; a smaller --batch-size may learn more")
+            print(f"only {len(self.order)} steps an epoch: lower --batch-size", file=sys.stderr)
         super().__init__(clips, batch_sampler=self.order, num_workers=workers,
                          timeout=600 if workers else 0,  # a full /dev/shm hangs
                          persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
@@ -992,8 +987,8 @@ class ClipLoader(torch.utils.data.DataLoader):
                 self.lost.add(path)
             stuck = self.dataset.train and -1 in batch.label
             if stuck or len(self.lost) > max(10, .01 * len(self.dataset)):
-                raise BadInput(f"{len(self.lost)} of {len(self.dataset)} clips cannot be decoded, "
-                               f"last {list(self.bad)[-1]}; take them off the list")
+                count = f"{len(self.lost)} of {len(self.dataset)}"
+                raise BadInput(f"{count} clips cannot be decoded, last {path}")
             yield batch
 
     def epochs(self, first, last):
@@ -1003,16 +998,15 @@ class ClipLoader(torch.utils.data.DataLoader):
             yield epoch, itertools.islice(batches, len(self))
 
     def mean(self, values, epoch):
-        """Values (n,) of each batch of an epoch, a list -> their means. Raises BadInput, with the
-        clips of the first batch of which a value is not finite."""
+        """Values (n,) of each batch of an epoch, a list -> their means, if all are finite"""
         values = torch.stack(values)
-        broken = (~values.isfinite().all(1)).tolist()
-        if any(broken):
-            keys = list(self.order.batches(epoch))[broken.index(True)]
-            clips = [self.dataset.clips[i][0] for _, i in keys]
-            raise BadInput(f"epoch {epoch + 1}, batch {broken.index(True) + 1} of "
-                           f"{len(broken)}: a value is not finite; a lower --lr may help, or look "
-                           f"at its clips, {', '.join(clips[:3])}, ...")
+        finite = values.isfinite().all(1).tolist()
+        if not all(finite):
+            n = finite.index(False)
+            keys = list(self.order.batches(epoch))[n]
+            clips = ", ".join([self.dataset.clips[i][0] for _, i in keys[:3]])
+            raise BadInput(f"epoch {epoch + 1}, batch {n + 1} of {len(finite)}: a value is not "
+                           f"finite; a lower --lr may help, or look at its clips, {clips}, ...")
         return values.mean(0).tolist()
 
 
@@ -1030,32 +1024,9 @@ def mirrors(classes):
     return [not re.search(r"(?<![a-z])(left|right)(?![a-z])", name.lower()) for name in classes]
 
 
-def augment(videos, size, rngs, may_flip, scales=(1, .875, .75, .66)):
-    """Training view as in ActionCLIP, but drawn once for all frames of a clip, by its generator,
-    since videos do not flicker. uint8 (T, 3, H, W) per clip -> float (B, T, 3, size, size) in 0..1.
-    A crop with sides of `scales` times the shorter side; flip p .5 where may_flip; colour jitter p
-    .8 (.4, .4, .2, .1); grey p .2."""
-    out, factors = [], []
-    for video, rng, may in zip(videos, rngs, may_flip, strict=True):
-        H, W = video.shape[-2:]
-        first = int(rng.integers(len(scales)))  # the other side is at most one step away
-        second = int(np.clip(first + rng.integers(-1, 2), 0, len(scales) - 1))
-        h, w = (max(1, int(min(H, W) * scales[s])) for s in (first, second))
-        top, left = int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1))
-        video = TF.resized_crop(video, top, left, h, w, [size, size], antialias=True)
-        out.append(video.flip(-1) if rng.random() < .5 and may else video)
-        drawn = (1, 1, 1, 0)
-        if rng.random() < .8:
-            drawn = rng.uniform((.6, .6, .8, -.1), (1.4, 1.4, 1.2, .1))
-        factors.append((*drawn, rng.random() < .2))
-    factors = torch.tensor(factors).to(out[0].device, torch.float32, non_blocking=True)  # (B, 5)
-    return jitter(torch.stack(out).float() / 255, factors)
-
-
 def jitter(video, factors):
-    """torchvision's adjust_brightness, _contrast, _saturation and _hue, one after the other, and
-    grey where the last factor is 1, for all clips at once: few kernels for a GPU. (B, T, 3, S, S),
-    (B, 5) -> (B, T, 3, S, S)"""
+    """torchvision's adjust_brightness, _contrast, _saturation and _hue, then grey where the last
+    factor is 1, for all clips at once: few kernels. (B, T, 3, S, S), (B, 5) -> (B, T, 3, S, S)"""
     bright, contrast, saturation, hue, grey = factors.T[..., None, None, None, None]
 
     def to_grey(x):
@@ -1077,20 +1048,34 @@ def jitter(video, factors):
 
 
 def training_view(batch, size, mirror, seed, device):
-    """augment for a batch of a loader, with the same draws at any size; small networks get milder
-    crops. mirror: bool per class. -> float (B, T, 3, size, size) in 0..1"""
-    videos = [video.to(device, non_blocking=True) for video in batch.video]
-    rngs = [np.random.default_rng([seed, *key, 2]) for key in batch.key]
+    """ActionCLIP's augmentation of a loader's batch -> float (B, T, 3, size, size) in 0..1. Drawn
+    once for all frames of a clip, since videos do not flicker, and by its key: a crop with sides of
+    1, .875, .75, .66 (small networks: 1, .875) times the shorter side; flip p .5 where mirror, a
+    bool per class; colour jitter p .8 (.4, .4, .2, .1); grey p .2."""
     scales = (1, .875, .75, .66) if size > 100 else (1, .875)
-    return augment(videos, size, rngs, [mirror[label] for label in batch.label], scales)
+    out, factors = [], []
+    for video, label, key in zip(batch.video, batch.label, batch.key, strict=True):
+        rng, (H, W) = np.random.default_rng([seed, *key, 2]), video.shape[-2:]
+        first = int(rng.integers(len(scales)))  # the other side is at most one step away
+        second = int(np.clip(first + rng.integers(-1, 2), 0, len(scales) - 1))
+        h, w = (max(1, int(min(H, W) * scales[s])) for s in (first, second))
+        top, left = int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1))
+        video = video.to(device, non_blocking=True)
+        video = TF.resized_crop(video, top, left, h, w, [size, size], antialias=True)
+        out.append(video.flip(-1) if rng.random() < .5 and mirror[label] else video)
+        drawn = (1, 1, 1, 0)
+        if rng.random() < .8:
+            drawn = rng.uniform((.6, .6, .8, -.1), (1.4, 1.4, 1.2, .1))
+        factors.append((*drawn, rng.random() < .2))
+    factors = torch.tensor(factors).to(device, torch.float32, non_blocking=True)  # (B, 5)
+    return jitter(torch.stack(out).float() / 255, factors)
 
 
-def compressed_view(clips, size, rngs=None, mirror=None, scales=(1, .875, .75)):
+def compressed_view(clips, size, rngs=None, mirror=None):
     """What the three networks see of B clips -> {"mv": (B, S, 2, size, size), pixels / 40, clamped
-    to +-.5; "r": (B, S, 3, size, size), -1..1; "i": the same, 0..1}: the middle square. For
-    training, with rngs, a numpy generator per clip, and mirror, a bool per clip: a square of
-    `scales` times the shorter side anywhere, the same for all three; flip p .5, which negates mv's
-    x."""
+    to +-.5; "r": (B, S, 3, size, size), -1..1; "i": the same, 0..1}: the middle square. Training,
+    with a generator and a bool per clip: one square of 1, .875 or .75 times the shorter side; flip
+    p .5 where mirror, which negates mv's x."""
     out = []
     for n, coded in enumerate(clips):
         mv, *pictures = modalities(coded)
@@ -1098,7 +1083,7 @@ def compressed_view(clips, size, rngs=None, mirror=None, scales=(1, .875, .75)):
         side = min(coded.size)
         top, left = ((edge - side) // 2 for edge in coded.size)
         if rngs:
-            side = max(1, int(side * rngs[n].choice(scales)))
+            side = max(1, int(side * rngs[n].choice((1, .875, .75))))
             top, left = (int(rngs[n].integers(edge - side + 1)) for edge in coded.size)
         video = TF.resized_crop(video, top, left, side, side, [size, size], antialias=True)
         if rngs and rngs[n].random() < .5 and mirror[n]:
@@ -1109,23 +1094,28 @@ def compressed_view(clips, size, rngs=None, mirror=None, scales=(1, .875, .75)):
     return {"mv": mv / 40, "r": r / 255, "i": i / 255} if pictures else {"mv": mv / 40}
 
 
+def draw_texts(picture, texts):
+    """Write each of (x, y, word, colour) into a picture uint8 (3, H, W). -> of twice its size"""
+    x, y, words, colours = zip(*texts, strict=True)
+    picture = draw_bounding_boxes(picture, torch.tensor([x, y, x, y]).T, list(words), "white",
+                                  label_colors=list(colours))
+    return picture.repeat_interleave(2, 1).repeat_interleave(2, 2)
+
+
 def contact_sheet(clips, texts, frames, path):
     """Write a picture of the clips [(path, label)] that have texts, {index: [(x, line, word,
     colour), ...]}: frames below their texts. x counts characters; a frame is ten of them wide."""
     ends = [x + len(word) for x, _, word, _ in itertools.chain(*texts.values())]
     rows, width = [], 12 * max(10 * frames, *ends)
-    for i, text in texts.items():
-        x, y, words, colours = zip(*text, strict=True)
-        places = np.array([x, y, x, y]).T * [6, 12, 6, 12] - [0, 12 * min(y)] * 2
-        page = torch.full((3, places.max(0)[1] + 18, width // 2), 255, dtype=torch.uint8)
-        page = torchvision.utils.draw_bounding_boxes(
-            page, torch.from_numpy(places), words, "white", label_colors=list(colours))
+    for i, own in texts.items():
+        lines = [line for _, line, _, _ in own]
+        page = torch.full((3, 12 * (max(lines) - min(lines)) + 18, width // 2), 255).byte()
+        rows.append(draw_texts(page, [(6 * x, 12 * (line - min(lines)), word, colour)
+                                      for x, line, word, colour in own]))
         video = centre_crop([Clips(clips, frames, 118)[0, i].video], 118)[0]
-        row = torchvision.utils.make_grid(video, frames, pad_value=1).mul(255).byte()
-        rows.append(page.repeat_interleave(2, 1).repeat_interleave(2, 2))
+        row = make_grid(video, frames, pad_value=1).mul(255).byte()
         rows.append(F.pad(row, (0, width - row.shape[2]), value=255))
-    with renamed(path) as part:
-        part.write_bytes(bytes(torchvision.io.encode_png(torch.cat(rows, 1)).numpy()))
+    save_image(torch.cat(rows, 1) / 255, path)
 
 
 def plot(panels, x_label, y_label, path, names=()):
@@ -1139,27 +1129,23 @@ def plot(panels, x_label, y_label, path, names=()):
     tiles = []
     for title, panel in panels.items():
         tile = torch.full((3, 300, 480), 255, dtype=torch.uint8)
+        tile = draw_bounding_boxes(tile, torch.tensor([[40, 35, 332, 264]]), colors="black")
         texts = [(40, 10, title, "black"), (40, 280, x_label, "black"), (2, 0, y_label, "black")]
         for n, share in enumerate(np.linspace(0, 1, len(names) or 5)):
             x, y = low + share * (high - low)
             texts.append((40 + 290 * share, 265, names[n] if names else f"{x:.3g}", "black"))
             texts.append((2, 255 - 225 * share, f"{y:.3g}", "black"))
         for n, (name, curve) in enumerate(panel.items()):
+            colour = colours[n % len(colours)]
             at = (np.array(curve, float) - low) / (high - low) * [290, -225] + [40, 262]  # (n, 2)
             steps = np.linspace(0, len(at) - 1, 999)
             line = np.stack([np.interp(steps, range(len(at)), side) for side in at.T], 1)
             for dots, radius in ((line, 1), (at, 3 if len(at) < 20 else 1)):
-                dots, colour = torch.from_numpy(dots)[None], colours[n % len(colours)]
-                tile = torchvision.utils.draw_keypoints(tile, dots, colors=colour, radius=radius)
+                dots = torch.from_numpy(dots)[None]
+                tile = draw_keypoints(tile, dots, colors=colour, radius=radius)
             texts.append((345, 30 + 14 * n, name, colour))
-        boxes = [[40, 35, 332, 264]] + [[x, y, x, y] for x, y, _, _ in texts]
-        _, _, words, colour = zip(*texts, strict=True)
-        tiles.append(torchvision.utils.draw_bounding_boxes(
-            tile, torch.tensor(boxes), ["", *words], ["black"] + len(words) * ["white"],
-            label_colors=["black", *colour]))
-    picture = torch.cat(tiles, 1).repeat_interleave(2, 1).repeat_interleave(2, 2)
-    with renamed(path) as part:
-        part.write_bytes(bytes(torchvision.io.encode_png(picture).numpy()))
+        tiles.append(draw_texts(tile, texts))
+    save_image(torch.cat(tiles, 1) / 255, path)
 
 
 # ---- CLIP and ActionCLIP builders ----------------------------------------------------------------
@@ -1189,22 +1175,25 @@ def build_clip(spec, cache="runs/cache"):
     NAME: one of CLIPS, or of open_clip's with two plain towers. WEIGHTS: a tag of open_clip's, a
     file that read_weights knows, or `random`; without it, toy CLIPs come pre-trained, others are
     random. The activation is that of the weights (OpenAI: QuickGELU, TinyCLIP, LAION: GELU; mixing
-    them loads without a word and costs accuracy), for a bare file of NAME. Raises BadInput."""
+    them loads without a word and costs accuracy), of a bare file that of NAME: of OpenAI's files
+    say NAME-quickgelu:FILE."""
     name, _, weights = spec.partition(":")
     config = CLIPS.get(name) or open_clip.get_model_config(name) or {}
     known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
     text = {"context_length", "vocab_size", "width", "heads", "layers"}
     if not config or set(config) - known or set(config["text_cfg"]) - text \
             or "timm_model_name" in config["vision_cfg"]:
-        raise BadInput(f"{name:.99} is no CLIP that can be built here; there are "
-                       f"{', '.join(CLIPS)} and open_clip's: ViT-B-32, ViT-B-16, ViT-L-14, ...")
-    path, tag = weights if Path(weights).is_file() else None, {}
-    if not weights and name.startswith("toy-"):
+        raise BadInput(f"{name:.99} is no CLIP known here: ViT-B-32, ... of open_clip and "
+                       f"{', '.join(CLIPS)}")
+    path, tag = None, {}
+    if Path(weights).is_file():
+        path = weights
+    elif not weights and name.startswith("toy-"):
         path = cached(cache, name, functools.partial(_train_toy_clip, name), _train_toy_clip,
                       _toy_stills.__wrapped__, draw_toy, toy_truth, toy_caption, config)
     elif not weights:
         print(f"{name}: RANDOM WEIGHTS, since no :WEIGHTS were named", file=sys.stderr)
-    elif not path and weights != "random":
+    elif weights != "random":
         tag = open_clip.get_pretrained_cfg(name, weights)
         if not tag:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
@@ -1217,7 +1206,7 @@ def build_clip(spec, cache="runs/cache"):
             raise BadInput(f"{spec}: no download ({type(error).__name__}); get the file and say "
                            f"{name}:FILE, of OpenAI {name}-quickgelu:FILE") from error
     saved = read_weights(path) if path else {}
-    quick_gelu = saved.get("quick_gelu", tag.get("quick_gelu", config.get("quick_gelu", False)))
+    quick_gelu = {"quick_gelu": False, **config, **tag, **saved}["quick_gelu"]  # the last is right
     clip = open_clip.CLIP(**{**config, "quick_gelu": quick_gelu})
     clip.quick_gelu = quick_gelu
     clip.visual.image_mean = tag.get("mean", open_clip.OPENAI_DATASET_MEAN)
@@ -1228,10 +1217,10 @@ def build_clip(spec, cache="runs/cache"):
 
 
 def read_weights(path):
-    """Read a file of weights -> {"clip": state, ...}. Raises BadInput. The formats: TinyCLIP's and
-    open_clip's {"state_dict"}, or the bare tensors; ActionCLIP's {"model_state_dict",
-    "fusion_model_state_dict"}, which adds quick_gelu=True and fusion=state (ours say quick_gelu and
-    more themselves). OpenAI's TorchScript archives are programs, and are not run."""
+    """Read a file of weights -> {"clip": state, ...}: TinyCLIP's and open_clip's {"state_dict"}, or
+    bare tensors; ActionCLIP's {"model_state_dict", "fusion_model_state_dict"}, which adds
+    quick_gelu=True and fusion=state (ours say quick_gelu and more themselves). OpenAI's TorchScript
+    archives are programs, and are not run."""
     more = {}
     try:
         state = open_clip.factory.load_state_dict(str(path))
@@ -1243,21 +1232,13 @@ def read_weights(path):
             state = state["model_state_dict"]
             for part in (state, more["fusion"]):
                 nn.modules.utils.consume_prefix_in_state_dict_if_present(part, "module.")
-        if not all(map(torch.is_tensor, state.values())):
-            raise TypeError("not all tensors")
-        if type(more.get("quick_gelu", False)) is not bool:
-            raise TypeError("quick_gelu is no bool")
-        if not all("{}" in template for template in more.get("templates", ())):
-            raise TypeError("templates are no sentences with {}")
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
     except Exception as error:
         if "TorchScript" in str(error):
             raise BadInput(
                 f"{path} is a TorchScript archive, as OpenAI's are, and may run any code. If you "
                 f"trust it: python -c \"import torch; torch.save(torch.jit.load('{path}', 'cpu')"
                 f".state_dict(), 'FILE')\", then NAME-quickgelu:FILE") from error
-        raise BadInput(f"{path} holds no weights in a known format ({error!r:.99})") from error
+        raise BadInput(f"{path}: no weights in a known format ({error!r:.99})") from error
     return {**more, "clip": state}
 
 
@@ -1266,17 +1247,14 @@ def load_strictly(module, state, path, name):
     try:
         module.load_state_dict(state)
     except Exception as error:  # of other kinds where the file is another kind of file
-        what, *_ = str(error).splitlines()[1:2] or [repr(error)]  # the first of what differs
-        raise BadInput(f"{path} does not fit {name}: {what.strip():.300}") from error
-    for key, weight in module.state_dict().items() if hasattr(module, "parameters") else ():
-        if not weight.isfinite().all():
-            raise BadInput(f"{path}: {key} of {name} has values that are not finite")
+        what = str(error).splitlines()[1:2] or [repr(error)]  # the first of what differs
+        raise BadInput(f"{path} does not fit {name}: {what[0].strip():.300}") from error
+    check_finite(module.state_dict(), name, path)
 
 
 @functools.cache
 def _toy_stills(steps, batch):
-    """What toy CLIPs learn from, drawn once for all of them -> uint8 (steps * batch, 3, 32, 32),
-    captions"""
+    """What toy CLIPs learn from -> uint8 (steps * batch, 3, 32, 32), captions"""
     rng, stills, captions = np.random.default_rng(0), [], []
     for _ in range(steps):
         truths = [toy_truth(rng, "growing", str(rng.choice(SCENES))) for _ in range(batch)]
@@ -1325,9 +1303,8 @@ class FusionHead(nn.Module):
         z = transformer(f + p), p of T positions, 6 pre-LN blocks, no mask;  mean_t(z_t + f_t)
 
     Names, shapes and the init of .02 are the official checkpoints'. Beside embeddings that are not
-    normalised such positions are nearly nothing, and the direction of a motion is learnt late; the
-    toy CLIPs, soon trained, start from larger ones. token: a learned token with its own position
-    stands first; read() and one_vector() are eqs. (3) and (8) of deit_video.py."""
+    normalised such positions are nearly nothing, and the direction of a motion is learnt late: toys
+    start from larger ones. token: a learned token stands first (eqs. (3), (8) of deit_video.py)."""
 
     def __init__(self, width, heads, layers=6, std=.02, position_std=.02, token=False):
         super().__init__()
@@ -1374,10 +1351,9 @@ class MeanHead(nn.Module):
 
 
 class ActionCLIP(nn.Module):
-    """A CLIP and a fusion head: videos and texts -> embeddings of one space, not normalised. Pixels
-    are normalised in here, each CLIP's own way. name: of the backbone; frames: T of the checkpoint,
-    or None; templates: the sentences about a class; size: side of the frames; side: shorter side to
-    decode to (224: 256); width: D."""
+    """A CLIP and a fusion head: videos and texts -> embeddings of one space, not normalised; pixels
+    are normalised in here, each CLIP's own way. frames: T of the checkpoint, or None; templates:
+    sentences about a class; size: side of the frames; side: shorter side to decode to (224: 256)"""
 
     def __init__(self, name, clip, tokenizer, fusion_layers=6, token=False):
         super().__init__()
@@ -1385,8 +1361,9 @@ class ActionCLIP(nn.Module):
         self.frames, self.templates = None, PROMPTS
         self.size, self.width = int(np.max(clip.visual.image_size)), clip.text_projection.shape[1]
         self.side = round(self.size * 8 / 7)
-        for key, value in (("mean", clip.visual.image_mean), ("std", clip.visual.image_std)):
-            self.register_buffer(key, torch.tensor(value).view(3, 1, 1), persistent=False)
+        mean, std = torch.tensor([clip.visual.image_mean, clip.visual.image_std]).view(2, 3, 1, 1)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
         heads = max(1, clip.ln_final.weight.numel() // 64)  # one per 64 of the text tower's width
         stds = (.1, .5) if name.startswith("toy-") else (.02, .02)
         self.fusion = MeanHead()
@@ -1409,21 +1386,16 @@ class ActionCLIP(nn.Module):
 
     def prompts(self, classes, templates=None):
         """K class names -> token ids (P, K, L), template-major, P = 16 templates or the model's"""
-        templates = templates or self.templates
-        tokens = [self.tokenizer(list(map(template.format, classes))) for template in templates]
-        tokens = torch.stack(tokens)
+        tokens = torch.stack([self.tokenizer([template.format(name) for name in classes])
+                              for template in templates or self.templates])
         if min(len(texts.unique(dim=0)) for texts in tokens) < len(set(classes)):
-            raise BadInput(f"two names are the same in their first {tokens.shape[2]} tokens; the "
-                           f"longest one is: {max(classes, key=len):.99}")
+            raise BadInput(f"two classes are the same in their first {tokens.shape[2]} tokens")
         return tokens.to(self.mean.device)
 
     @torch.no_grad()
     def embed_classes(self, classes, templates=None):
         """K class names -> (P, K, D), computed once: deployed, the text tower does not run."""
-        out = self.eval().encode_text(self.prompts(classes, templates)).float()
-        if not out.isfinite().all():
-            raise BadInput(f"{self.name}: its embeddings of texts are not finite")
-        return out
+        return self.eval().encode_text(self.prompts(classes, templates)).float()
 
     def forward(self, video, tokens):
         """-> video (B, D), text (..., D) or None, and the scale s = exp(logit_scale)"""
@@ -1445,7 +1417,7 @@ class ActionCLIP(nn.Module):
         return counter.get_total_flops() / 2e9
 
     def about(self, frames):
-        """What a checkpoint must say beside the weights, for build_action_clip"""
+        """What a checkpoint says beside the weights, for build_action_clip"""
         return {"backbone": self.name, "quick_gelu": self.clip.quick_gelu, "frames": frames,
                 "templates": self.templates}
 
@@ -1453,7 +1425,7 @@ class ActionCLIP(nn.Module):
 def build_action_clip(spec, fusion_layers=6, cache="runs/cache", token=False, checkpoint=None):
     """ActionCLIP on the backbone NAME[:WEIGHTS] (see build_clip); fusion_layers=0: MeanHead. An
     ActionCLIP checkpoint as WEIGHTS brings its fusion head, with the token if it has one.
-    checkpoint: such a file; ours name their own backbone, frames, templates. Raises BadInput."""
+    checkpoint: such a file; ours name their own backbone, frames, templates."""
     if checkpoint:
         saved = read_weights(checkpoint)
         if "fusion" not in saved:
@@ -1475,8 +1447,8 @@ def build_action_clip(spec, fusion_layers=6, cache="runs/cache", token=False, ch
 
 
 class Task(NamedTuple):
-    """Something else to be said of a clip than its action: L labels, the sentences they are put
-    into, and q (N, L), how likely each is in N clips."""
+    """Something to be said of a clip beside its action. templates: sentences for the L labels; q
+    (N, L): how likely each is in N clips"""
     name: str
     labels: list
     templates: list = ("a photo of {}",)
@@ -1490,7 +1462,7 @@ class SpatialHeads(nn.Module):
     def __init__(self, D, tasks, scale):
         super().__init__()
         self.heads = nn.ModuleList(nn.Linear(D, D) for _ in tasks)
-        self.log_scale = nn.Parameter(torch.full((len(tasks),), math.log(scale)))
+        self.log_scale = nn.Parameter(torch.full((len(tasks),), np.log(scale)))
         for head in self.heads:
             nn.init.eye_(head.weight)
             nn.init.zeros_(head.bias)
@@ -1547,31 +1519,30 @@ def _train_toy_resnet(path, steps=300, batch=128):
 
 
 class ExitNet(nn.Module):
-    """The network of one modality, with exits behind layer1, 2 and 3 of a ResNet; exit 4 is its own
-    classifier. mv and r start with a BatchNorm, i with ImageNet's mean and std. name: `toy` or any
-    ResNet of torchvision; imagenet: torchvision's weights, or of toy those of toy stills, but for
-    the classifier and mv's first layer. Raises BadInput."""
+    """The ResNet of one modality; exits 1 to 3 read layers 1 to 3, exit 4 is its own classifier. mv
+    and r start with a BatchNorm, i with ImageNet's mean and std. name: `toy` or any of torchvision;
+    imagenet: its weights (of toy: of toy stills), but for the classifier and mv's first layer"""
 
     def __init__(self, modality, name, classes, imagenet=False, cache="runs/cache"):
         super().__init__()
         known = [n for n in models.list_models(models) if re.match(r"(wide_)?resne(t|xt)\d", n)]
         if name not in (*known, "toy"):
             raise BadInput(f"network {name}: there are {', '.join(known)} and toy")
-        weights = None
-        if imagenet and name != "toy":
-            weights = models.get_model_weights(name).DEFAULT
-        try:
-            net = _toy_resnet() if name == "toy" else models.get_model(name, weights=weights)
-        except OSError as error:
-            raise BadInput(f"{name}: no download ({error}); put {weights.url} into "
-                           f"{torch.hub.get_dir()}/checkpoints") from error
-        if imagenet and name == "toy":
-            path = cached(cache, "toy-stills", _train_toy_resnet, _train_toy_resnet, _toy_resnet,
-                          _toy_stills.__wrapped__, draw_toy, toy_truth)
-            net.load_state_dict(read_saved(path, "net")["net"], strict=False)  # without fc
-        self.modality, self.name = modality, name
-        for key, value in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
-            self.register_buffer(key, torch.tensor(value).view(3, 1, 1), persistent=False)
+        if name != "toy":
+            try:
+                net = models.get_model(name, weights="DEFAULT" if imagenet else None)
+            except OSError as error:
+                url = models.get_model_weights(name).DEFAULT.url
+                raise BadInput(f"{name}: no download ({error}); put {url} into "
+                               f"{torch.hub.get_dir()}/checkpoints") from error
+        else:
+            net = _toy_resnet()
+            if imagenet:
+                path = cached(cache, "toy-stills", _train_toy_resnet, _train_toy_resnet,
+                              _toy_resnet, _toy_stills.__wrapped__, draw_toy, toy_truth)
+                net.load_state_dict(read_saved(path, "net")["net"], strict=False)  # without fc
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
         self.input = nn.BatchNorm2d(2 if modality == "mv" else 3) if modality != "i" else None
         if modality == "mv":
             net.conv1 = nn.Conv2d(2, net.conv1.out_channels, 7, 2, 3, bias=False)
@@ -1581,8 +1552,7 @@ class ExitNet(nn.Module):
         self.fc = nn.Linear(net.fc.in_features, classes)
 
     def stages(self, x):
-        """x (B, S, C, H, W) of compressed_view -> yields the maps (B*S, c, h, w) behind layers 1 to
-        4; a caller who stops early spares the rest."""
+        """x (B, S, C, H, W) -> yields the maps (B*S, c, h, w) behind layers 1 to 4, as asked for"""
         x = x.flatten(0, 1)
         x = self.input(x) if self.input else (x - self.mean) / self.std
         x = self.stem(x)
@@ -1626,7 +1596,6 @@ def exit_heads(net, classes):
 
 
 def exit_logits(net, heads, x):
-    """Consensus logits (B, K) of exits 1 to 4 for x (B, S, C, H, W): what lies behind an exit runs
-    only when the next is asked for."""
+    """Yields consensus logits (B, K) of exits 1 to 4 for x (B, S, C, H, W), each when asked for."""
     for k, f in enumerate(net.stages(x)):
         yield heads[k](f, x.shape[1]) if k < 3 else net.classify(f, x.shape[1])
