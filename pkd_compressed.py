@@ -495,8 +495,8 @@ def parse(argv=None):
     add("--holdout", type=float, default=.2, help="share of training clips kept for wise_infer.py")
     add("--networks", nargs=3, metavar=("MV", "R", "I"), default=["resnet18", "resnet18",
         "resnet50"], help="ResNets of torchvision (the paper's) or toy; toy for toy clips")
-    add("--imagenet", action="store_true", help="start from ImageNet's weights, toys from drawn "
-        "stills'")
+    add("--imagenet", action="store_true", help="start from ImageNet's weights, toys from those "
+        "of drawn stills")
     add("--order", nargs="+", choices=[*ORDERS, "all"], default=["ce", "progressive"], help="eq. 3")
     add("--third-teacher", choices=("self", "i"), default="self", help="of eq. (3)")
     add("--tau", type=float, default=1., help="temperature of eq. (2)")
