@@ -121,7 +121,7 @@ def test_any_frame_of_real_clips(shared):
 def test_any_frame_of_weizmann(shared):
     paths = sorted(shared.glob("weizmann/*/*.avi"))
     assert len(paths) == 90
-    for path in paths:
+    for path in paths[::3]:  # three people per action
         assert_equals_a_plain_loop(path, singles=1)
 
 
