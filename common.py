@@ -189,19 +189,23 @@ def toy_caption(truth):
 
 def draw_toy(truth, x, y, radius, pixels):
     """Stills with the object at x, y, of that radius, (N,) each -> uint8 (N, pixels, pixels, 3)"""
-    row, column = (np.mgrid[:pixels, :pixels].astype(np.float32) + .5) / pixels     # (H, W)
+    row = (np.arange(pixels, dtype=np.float32)[:, None] + .5) / pixels              # (H, 1)
+    column = row.T                                                                  # (1, W)
     across, down = np.float32(truth["phase"])
     p, q = (column + across) * 8 % 1, (row + down) * 8 % 1
     ground = {"stripes": p < .5, "checks": (p < .5) ^ (q < .5),
               "dots": np.hypot(p - .5, q - .5) < .3, "plain ground": p < 0}[truth["scene"]]
     x, y, radius = np.float32([x, y, radius])[..., None, None]                      # (N, 1, 1)
-    u, v = (column - x) / radius, (row - y) / radius                                # (N, H, W)
+    u, v = np.broadcast_arrays((column - x) / radius, (row - y) / radius)           # (N, H, W)
     far, near = np.maximum(abs(u), abs(v)), np.minimum(abs(u), abs(v))
     inside = {"circle": u * u + v * v < 1, "square": far < .85, "cross": (near < .35) & (far < 1),
               "triangle": (v < .8) & (v > 2.4 * abs(u) - 1.1)}[truth["shape"]]
-    shade = .85 + .15 * np.sin(5 * u) * np.sin(5 * v)  # motion inside the object is visible, too
-    paint = np.float32(COLOURS[truth["colour"]]) * shade[..., None]                 # (N, H, W, 3)
-    return np.where(inside[..., None], paint, np.where(ground, 110, 70)[..., None]).astype(np.uint8)
+    # motion inside the object is visible, too
+    shade = .85 + .15 * np.sin(5 * u[inside]) * np.sin(5 * v[inside])
+    picture = np.empty((*inside.shape, 3), np.uint8)
+    picture[:] = np.where(ground, 110, 70)[..., None]
+    picture[inside] = np.float32(COLOURS[truth["colour"]]) * shade[:, None]
+    return picture
 
 
 def toy_clip(truth, frames=16, pixels=64):
