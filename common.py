@@ -44,7 +44,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes, draw_keypoints, make_grid, save_image
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+RANK = int(os.environ.get("RANK", 0))  # of torchrun
 
 # ---- errors and files ----------------------------------------------------------------------------
 
@@ -449,7 +449,7 @@ def hold_out(data, share, seed=0):
     """Take a share of each class's training clips out of training. -> data, [(path, label)]"""
     rng, held = np.random.default_rng([seed, 7]), set()
     for k in sorted({label for _, label in data.train}):
-        own = [path for path, label in data.train if label == k]
+        own = list(dict.fromkeys(path for path, label in data.train if label == k))
         count = min(len(own) - 1, round(share * len(own)))
         held |= set(rng.permutation(own)[:count].tolist())
     rest = [clip for clip in data.train if clip[0] not in held]
@@ -968,7 +968,10 @@ class ClipLoader(torch.utils.data.DataLoader):
     cannot be decoded go into `bad`, {path: reason}, and are named once on stderr; more than ten and
     more than 1 % of the clips raise BadInput."""
 
-    def __init__(self, clips, batch, workers=0, rank=RANK, world=WORLD, bad=None):
+    def __init__(self, clips, batch, workers=0, rank=0, world=None, bad=None):
+        if world is None:  # where the processes' group has ended, process 0 goes on alone
+            live = dist.is_initialized()
+            rank, world = (dist.get_rank(), dist.get_world_size()) if live else (0, 1)
         if clips.train:
             batch = min(batch, len(clips)) // world * world
         if not batch:

@@ -336,6 +336,8 @@ def test_two_processes_follow_the_loss_curve_of_one_and_end_in_a_result(toy, eve
                         r"oracle_swapped=0\.\d{4} seconds=\d+", done.stdout.splitlines()[-1])
     record = json.loads(next(tmp_path.rglob("run.json")).read_text())
     assert {"flags", "machine", "versions", "seconds", "results", "bad"} <= record.keys()
+    shown = torch.load(next(tmp_path.rglob("shown-*-targets.pt")), weights_only=True)
+    assert all((task["q"].amax(1) > 0).all() for task in shown["tasks"])  # by process 0, alone
 
 
 def test_unseen_classes_are_tested(toy, tmp_path):
