@@ -268,8 +268,7 @@ def token_loss(loss, h_token, t, labels, texts, z_t, scale, tau):
 def train(name, student, teacher, data, mirror, args, run, log):
     """Train one arm by eq. (7). After each epoch, add a row to `log` and write RUN/ARM-last.pt."""
     model, loss, tasks, z_t = student.model, student.arm.loss, student.tasks, None
-    taught = loss in ("hard", "soft")
-    side = max(model.side, teacher.side) if taught else model.side
+    side, taught = max(model.side, teacher.side), loss in ("hard", "soft")
     clips = common.Clips(data.train, args.frames, side, train=True, seed=args.seed)
     loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
     optimizer, schedule = make_optimizer(student, args.lr, args.epochs * len(loader))
@@ -289,10 +288,11 @@ def train(name, student, teacher, data, mirror, args, run, log):
         student.train()
         bar = tqdm(batches, f"{name} {epoch + 1}/{args.epochs}", len(loader), False, disable=None)
         for step, batch in enumerate(bar):
+            view = view_t = common.training_view(batch, model.size, mirror, args.seed, DEVICE)
             if taught:
-                view = common.training_view(batch, teacher.size, mirror, args.seed, DEVICE)
-                z_t = class_logits(teacher, view, text_t)                       # (B/W, K)
-            view = common.training_view(batch, model.size, mirror, args.seed, DEVICE)
+                if teacher.size != model.size:
+                    view_t = common.training_view(batch, teacher.size, mirror, args.seed, DEVICE)
+                z_t = class_logits(teacher, view_t, text_t)                     # (B/W, K)
             draws = [np.random.default_rng([args.seed, *key, 1]).integers(16) for key in batch.key]
             numbers = draws, batch.label, [i for _, i in batch.key]             # (B/W,) each
             draws, own, index = (torch.tensor(x).to(DEVICE, non_blocking=True) for x in numbers)

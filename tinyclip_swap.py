@@ -256,7 +256,8 @@ def train(arm, model, large, data, args, run, log):
                 loss = class_cross_entropy(v, t, labels, scale)
             affinity = torch.zeros((), device=DEVICE)
             if large:
-                view = common.training_view(batch, large.size, mirror, args.seed, DEVICE)
+                if large.size != model.size:
+                    view = common.training_view(batch, large.size, mirror, args.seed, DEVICE)
                 with torch.no_grad(), autocast():  # frozen
                     v_t, t_t, _ = large.eval()(view, prompts_t[draws, own])
                 v_t, t_t = gather(v_t.float()), gather(t_t.float())             # (B, D_t)
