@@ -31,7 +31,7 @@ RESULT pkd_compressed data=toy split=1 seed=0 mv4=0.5958 r4=0.7500 i4=0.8875 ce-
   ce-mv2=0.6292 ce-mv3=0.6083 ce-r1=0.7250 ce-r2=0.7500 ce-r3=0.7750 ce-i1=0.7667 ce-i2=0.8000
   ce-i3=0.8792 progressive-mv1=0.5833 progressive-mv2=0.5917 progressive-mv3=0.6000
   progressive-r1=0.7292 progressive-r2=0.7250 progressive-r3=0.7625 progressive-i1=0.8083
-  progressive-i2=0.8292 progressive-i3=0.8750 seconds=96
+  progressive-i2=0.8292 progressive-i3=0.8750 seconds=87
 
 Differs from the paper and its code: the code trains progressive for 300 epochs, others for 150,
 anti in thirds; its third teacher is self on batch statistics, the paper's is i; it starts from

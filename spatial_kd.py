@@ -30,7 +30,7 @@ is regularisation); oracle, ground truth as targets.
 
 The plain command printed (2 cores of an x86_64 CPU, torch 2.15.0; _swapped: scenes re-paired):
 RESULT spatial_kd data=toy split=1 seed=0 alone=0.8000 alone_swapped=0.7467 spatial=0.9200
-  spatial_swapped=0.8667 shuffled=0.8033 shuffled_swapped=0.7500 seconds=94
+  spatial_swapped=0.8667 shuffled=0.8033 shuffled_swapped=0.7500 seconds=87
 
 Differs from the thesis, of which the abstract was at hand: vocabularies, eqs. (3)-(5), lambda .5
 and the constants are our reading. Label texts go through the model's own text tower as it trains,

@@ -34,7 +34,7 @@ the first tenth of the steps, cosine to 0; 50 epochs (toys 6), batch 32. All wei
   python tinyclip_swap.py --watch my.mp4 --large ViT-B-32:openai --labels "waving, a dog jumping"
 
 The plain command printed (2 cores of an x86_64 CPU, torch 2.15.0):
-RESULT tinyclip_swap data=toy split=1 seed=0 large=0.9767 small=0.9300 gmac_ratio=0.482 seconds=88
+RESULT tinyclip_swap data=toy split=1 seed=0 large=0.9767 small=0.9300 gmac_ratio=0.482 seconds=90
 
 Differs from ActionCLIP's code (sallymmx/ActionCLIP @31c34df): fp32 weights with bf16 autocast;
 frames are random in their segments; jitter is drawn once per clip; no weight decay on norms,
