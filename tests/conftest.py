@@ -110,6 +110,7 @@ def run_script():
 def plain(run_script, moves, out):
     """tinyclip_swap.py as a process, once, on the clips of four motions -> what it printed, and the
     checkpoint of its large model, which has learned them; it sees 4 frames."""
+    common.build_clip("toy-large", out / "cache")  # here, where its stills are drawn once for all
     done = run_script("tinyclip_swap.py", "--data", moves, "--small", "toy-small:random",
                       "--frames", 4, "--epochs", 4, "--batch-size", 16, "--out", out)
     assert done.returncode == 0, done.stderr
