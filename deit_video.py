@@ -1,6 +1,7 @@
 """Teach a small ActionCLIP by a large one as DeiT does, with a token of its own; and all three.
 
-Technique 3 of Frans Huntink's master thesis, "Threefold knowledge distillation" (Utrecht, 2024):
+Technique 3 of Frans Huntink's master thesis, "Bridging the gap: Threefold knowledge distillation
+for language-enabled action recognition models operating in real-time scenarios" (Utrecht, 2024):
 DeiT (Touvron et al., ICML 2021, arXiv 2012.12877) for video, on ActionCLIP (Wang, Xing, Liu 2021,
 arXiv 2109.08472). Class scores of a large ActionCLIP go into a second head of a small one.
 

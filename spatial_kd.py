@@ -1,6 +1,7 @@
 """Train ActionCLIP on the action and on what its frames show, as labelled by a frozen CLIP.
 
-Technique 2 of Frans Huntink's master thesis, "Threefold knowledge distillation" (Utrecht, 2024), on
+Technique 2 of Frans Huntink's master thesis, "Bridging the gap: Threefold knowledge distillation
+for language-enabled action recognition models operating in real-time scenarios" (Utrecht, 2024), on
 ActionCLIP (Wang, Xing, Liu 2021, arXiv 2109.08472). From an image CLIP into a video ActionCLIP.
 
 Fine-tuning on a few actions lets a model forget what else a frame shows. The thesis adds "spatial

@@ -447,7 +447,8 @@ def parse(argv=None):
     add("--batch-size", type=int, default=32, help="of all processes together")
     add("--lr", type=float, default=5e-6, help="of CLIP's towers, as ActionCLIP; 4e-4 for toys")
     add("--compile", action="store_true", help="torch.compile the networks")
-    add("--watch", metavar="SOURCE", help="live: a file, an address, - (standard input), a camera")
+    add("--watch", metavar="SOURCE", help="live: a file, an address, - (standard input), a camera "
+        "(/dev/video0, avfoundation:0, dshow:video=NAME)")
     add("--labels", default="", help='of --watch, in any words: "waving, running, a dog jumping"')
     add("--fps", type=float, default=4., help="frames sampled per second of --watch")
     add("--no-drop", action="store_true", help="wait for each frame, at whatever speed")
