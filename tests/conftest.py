@@ -28,7 +28,7 @@ def cache(out):
 def toy(tmp_path_factory):
     """A small data set of toy clips, in the CSV format."""
     folder = tmp_path_factory.mktemp("data") / "small-toy"
-    common.make_toy_folder(folder, train=48, test=24)
+    common.make_toy_dataset(folder, train=48, test=24)
     return folder
 
 
@@ -36,7 +36,7 @@ def toy(tmp_path_factory):
 def coded(tmp_path_factory):
     """A small data set for the compressed scripts: 4 training and 2 test clips of each class."""
     folder = tmp_path_factory.mktemp("data") / "small-pairs"
-    common.make_toy_folder(folder, train=48, test=24, pairs=True)
+    common.make_toy_dataset(folder, train=48, test=24, pairs=True)
     return folder
 
 
@@ -45,9 +45,10 @@ def decoded(data, frames):
     and the names of the classes."""
     parts = {}
     for part in ("train", "test"):
-        batches = list(common.ClipLoader(common.Clips(getattr(data, part), frames, 37), 100))
+        dataset = common.VideoDataset(getattr(data, part), frames, 37)
+        batches = list(common.VideoLoader(dataset, 100))
         labels = [label for batch in batches for label in batch.label]
-        videos = torch.cat([common.centre_crop(batch.video, 32) for batch in batches])
+        videos = torch.cat([common.center_crop(batch.video, 32) for batch in batches])
         parts[part] = videos, torch.tensor(labels)
     return parts, data.classes
 
@@ -55,21 +56,21 @@ def decoded(data, frames):
 @pytest.fixture(scope="session")
 def toys(cache):
     """All toy clips of split 1, 8 frames of each, decoded once."""
-    return decoded(common.read_data("toy", cache=cache), 8)
+    return decoded(common.load_dataset("toy", cache=cache), 8)
 
 
 @pytest.fixture(scope="session")
 def moves(tmp_path_factory):
     """A data set of toy clips with four motions: they are learned sooner than all six."""
     folder = tmp_path_factory.mktemp("data") / "moves"
-    common.make_toy_folder(folder, train=400, test=80, motions=tuple(common.MOTIONS)[:4])
+    common.make_toy_dataset(folder, train=400, test=80, motions=tuple(common.MOTIONS)[:4])
     return folder
 
 
 @pytest.fixture(scope="session")
 def moving(moves):
     """The clips of `moves`, 4 frames of each, decoded once."""
-    return decoded(common.read_data(str(moves)), 4)
+    return decoded(common.load_dataset(str(moves)), 4)
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +111,7 @@ def run_script():
 def plain(run_script, moves, out):
     """tinyclip_swap.py as a process, once, on the clips of four motions -> what it printed, and the
     checkpoint of its large model, which has learned them; it sees 4 frames."""
-    common.build_clip("toy-large", out / "cache")  # here, where its stills are drawn once for all
+    common.build_clip_model("toy-large", out / "cache")  # once for all tests
     done = run_script("tinyclip_swap.py", "--data", moves, "--small", "toy-small:random",
                       "--frames", 4, "--epochs", 4, "--batch-size", 16, "--out", out)
     assert done.returncode == 0, done.stderr

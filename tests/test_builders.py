@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-from common import BadInput, FusionHead, MeanHead, build_action_clip, build_clip
+from common import BadInput, FusionHead, MeanHead, build_actionclip, build_clip_model
 
 QUICK = open_clip.transformer.QuickGELU
 EIGHT = "TinyCLIP-ViT-8M-16-Text-3M"
@@ -153,6 +153,14 @@ def official(path, state, fusion):
                  "optimizer_state_dict": {"state": {}, "param_groups": []}}, path)
 
 
+NO_VIDEOS = common.VideoLists("", [], [], [])
+
+
+def one_layer(width, heads, layers, std, position_std):
+    """A FusionHead of one layer, which is quick"""
+    return FusionHead(width, heads, 1, std, position_std)
+
+
 def same(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
@@ -170,41 +178,42 @@ def activation(clip):
 def test_an_official_checkpoint_gives_the_official_outputs(tiny, tmp_path):
     fusion = draw(fusion_shapes(96), seed=1)
     path = official(tmp_path / "vit-b-32-8f.pt", tiny, fusion)
-    model = build_action_clip(f"ViT-B-32:{path}").eval()
+    model = build_actionclip(f"ViT-B-32:{path}").eval()
     state = {name: value.half().float() for name, value in tiny.items()}
     video, names = torch.rand(2, 8, 3, 48, 48), [f"climb {i} stairs" for i in range(33)]
     with torch.no_grad():
         frames = hand_images(state, video.flatten(0, 1), quick).unflatten(0, (2, 8))
         assert_near(model.encode_video(video), hand_fusion(fusion, frames, HEADS))
-        texts = model.embed_classes(names)  # 528, more than go in one part
+        texts = model.encode_classes(names)  # 528, more than go in one part
         assert texts.shape == (16, 33, 96)
         for k in (0, 15):
-            assert_near(texts[k], hand_texts(state, model.prompts(names)[k], HEADS, quick))
-    assert model.clip.quick_gelu
+            assert_near(texts[k], hand_texts(state, model.tokenize_classes(names)[k], HEADS, quick))
+    assert model.clip_model.quick_gelu
     assert all(weight.dtype == torch.float32 for weight in model.parameters())
 
 
 def test_a_real_backbone_has_the_official_names_and_shapes():
     with torch.device("meta"):
-        model = build_action_clip("ViT-B-32:random")
+        model = build_actionclip("ViT-B-32:random")
     sizes = {"D": 512, "width": 768, "layers": 12, "patch": 32, "side": 224, "text_width": 512,
              "text_layers": 12}
-    for part, shapes in ((model.clip, clip_shapes(**sizes)), (model.fusion, fusion_shapes(512))):
+    for part, shapes in ((model.clip_model, clip_shapes(**sizes)),
+                         (model.fusion, fusion_shapes(512))):
         assert {name: tuple(value.shape) for name, value in part.state_dict().items()} == shapes
     # pixel mean and std stay out of checkpoints, whose halves have the official names
-    assert {name.partition(".")[0] for name in model.state_dict()} == {"clip", "fusion"}
+    assert {name.partition(".")[0] for name in model.state_dict()} == {"clip_model", "fusion"}
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_with_the_place(tiny, tmp_path):
     path = official(tmp_path / "a.pt", tiny, draw(fusion_shapes(96, layers=2)))
-    for layers in (6, 0):
-        with pytest.raises(BadInput, match=rf"a\.pt.*{layers} layers"):
-            build_action_clip(f"ViT-B-32:{path}", layers)
-    small = dict(build_clip("toy-small:random")[0].state_dict())
+    for head in (FusionHead, MeanHead):
+        with pytest.raises(BadInput, match=r"a\.pt does not fit the fusion head"):
+            build_actionclip(f"ViT-B-32:{path}", head)
+    small = dict(build_clip_model("toy-small:random")[0].state_dict())
     for change in ({"visual.proj": torch.ones(3, 3)}, {"more": torch.ones(2)}):
         keep({"state_dict": small | change}, path)
         with pytest.raises(BadInput, match=rf"a\.pt.*toy-small.*{next(iter(change))}") as error:
-            build_clip(f"toy-small:{path}")
+            build_clip_model(f"toy-small:{path}")
         assert "\n" not in str(error.value)
 
 
@@ -215,21 +224,21 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_the_place(tiny, tmp_path
 def test_a_tag_brings_its_own_activation(tiny, tmp_path, monkeypatch, capsys, tag, act):
     tags = open_clip.pretrained._PRETRAINED["ViT-B-32"]  # a file in place of the download
     monkeypatch.setitem(tags, tag, {**tags[tag], "file": str(keep(tiny, tmp_path / "a.bin"))})
-    clip, tokenizer, _ = build_clip(f"ViT-B-32:{tag}")
+    clip, tokenizer, _ = build_clip_model(f"ViT-B-32:{tag}")
     tokens = tokenizer(["a dog runs"])
     with torch.no_grad():
         assert_near(clip.encode_text(tokens), hand_texts(tiny, tokens, HEADS, act))
     assert clip.quick_gelu == (act is quick)
     assert "RANDOM" not in capsys.readouterr().err
-    build_clip("ViT-B-32")
+    build_clip_model("ViT-B-32")
     assert "RANDOM WEIGHTS" in capsys.readouterr().err
 
 
 def test_bare_tensors_take_the_activation_of_the_name(tiny, tmp_path):
     path = keep(tiny, tmp_path / "a.pt")
-    assert activation(build_clip(f"ViT-B-32:{path}")[0]) is nn.GELU
+    assert activation(build_clip_model(f"ViT-B-32:{path}")[0]) is nn.GELU
     open_clip.factory._MODEL_CONFIGS["ViT-B-32"]["quick_gelu"] = True  # as ViT-B-32-quickgelu
-    assert activation(build_clip(f"ViT-B-32:{path}")[0]) is QUICK
+    assert activation(build_clip_model(f"ViT-B-32:{path}")[0]) is QUICK
 
 
 def archive(state, path):
@@ -254,9 +263,9 @@ def test_an_openai_archive_is_not_run_but_the_command_converts_it(tiny, tmp_path
     configs = open_clip.factory._MODEL_CONFIGS
     monkeypatch.setitem(configs, "ViT-B-32-quickgelu", {**configs["ViT-B-32"], "quick_gelu": True})
     with pytest.raises(BadInput, match="TorchScript") as error:
-        build_clip(f"ViT-B-32:{archive(tiny, tmp_path / 'ViT-B-32.pt')}")
+        build_clip_model(f"ViT-B-32:{archive(tiny, tmp_path / 'ViT-B-32.pt')}")
     exec(re.search(r'python -c "(.*)"', str(error.value))[1])
-    clip, _, _ = build_clip("ViT-B-32-quickgelu:FILE")
+    clip, _, _ = build_clip_model("ViT-B-32-quickgelu:FILE")
     assert same({name: value.half().float() for name, value in tiny.items()}, clip.state_dict())
     assert clip.quick_gelu
     assert activation(clip) is QUICK
@@ -264,42 +273,44 @@ def test_an_openai_archive_is_not_run_but_the_command_converts_it(tiny, tmp_path
 
 @pytest.mark.parametrize("quick_gelu", [False, True])
 def test_our_own_checkpoint_knows_backbone_activation_and_frames(tmp_path, quick_gelu):
-    model = build_action_clip("toy-small:random", fusion_layers=1)
-    model.clip.quick_gelu = quick_gelu
-    path = keep({"model_state_dict": model.clip.state_dict(), **model.about(5), "optimizer": None,
-                 "fusion_model_state_dict": model.fusion.state_dict()}, tmp_path / "a:3.pt")
-    for again in (build_action_clip(f"toy-small:{path}", fusion_layers=1),
-                  build_action_clip("toy-large", fusion_layers=1, checkpoint=path)):
+    model = build_actionclip("toy-small:random", one_layer)
+    model.clip_model.quick_gelu = quick_gelu
+    path = keep({"model_state_dict": model.clip_model.state_dict(), **model.metadata(5, NO_VIDEOS),
+                 "fusion_model_state_dict": model.fusion.state_dict(), "optimizer": None},
+                tmp_path / "a:3.pt")
+    for again in (build_actionclip(f"toy-small:{path}", one_layer),
+                  build_actionclip("toy-large", one_layer, checkpoint=path)):
         assert same(model.state_dict(), again.state_dict())
-        assert activation(again.clip) is (QUICK if quick_gelu else nn.GELU)
-        assert (again.name, again.frames, again.clip.quick_gelu) == ("toy-small", 5, quick_gelu)
+        assert activation(again.clip_model) is (QUICK if quick_gelu else nn.GELU)
+        assert (again.name, again.frames) == ("toy-small", 5)
+        assert again.clip_model.quick_gelu == quick_gelu
 
 
 def test_a_checkpoint_says_what_can_be(tmp_path):
-    model = build_action_clip("toy-small:random", fusion_layers=0)
-    saved = {"model_state_dict": model.clip.state_dict(), "fusion_model_state_dict": {},
-             **model.about(8)}
+    model = build_actionclip("toy-small:random", MeanHead)
+    saved = {"model_state_dict": model.clip_model.state_dict(), "fusion_model_state_dict": {},
+             **model.metadata(8, NO_VIDEOS)}
     path = keep(saved, tmp_path / "a.pt")
-    assert isinstance(build_action_clip("toy-large", 0, checkpoint=path).fusion, MeanHead)
-    with pytest.raises(BadInput, match="6 layers"):
-        build_action_clip("toy-large", checkpoint=path)
+    assert isinstance(build_actionclip("toy-large", MeanHead, checkpoint=path).fusion, MeanHead)
+    with pytest.raises(BadInput, match="does not fit the fusion head"):
+        build_actionclip("toy-large", checkpoint=path)
     for frames in (0, 1e9, "x", 8.):
         keep(saved | {"frames": frames}, path)
         with pytest.raises(BadInput, match=r"a\.pt.*1 to 77"):
-            build_action_clip("toy-large", 0, checkpoint=path)
-    keep({"state_dict": model.clip.state_dict()}, path)
+            build_actionclip("toy-large", MeanHead, checkpoint=path)
+    keep({"state_dict": model.clip_model.state_dict()}, path)
     with pytest.raises(BadInput, match=r"a\.pt holds no fusion head"):
-        build_action_clip("toy-small", checkpoint=path)
-    model.clip.positional_embedding.data[1, 2] = math.nan
-    keep({"state_dict": model.clip.state_dict()}, path)
+        build_actionclip("toy-small", checkpoint=path)
+    model.clip_model.positional_embedding.data[1, 2] = math.nan
+    keep({"state_dict": model.clip_model.state_dict()}, path)
     with pytest.raises(BadInput, match=r"a\.pt: positional_embedding .* not finite"):
-        build_action_clip(f"toy-small:{path}")
+        build_actionclip(f"toy-small:{path}")
 
 
 def test_names_that_a_clip_cannot_tell_apart_are_refused():
-    model = build_action_clip("toy-small:random", fusion_layers=0)
+    model = build_actionclip("toy-small:random", MeanHead)
     with pytest.raises(BadInput, match="20 tokens"):
-        model.prompts(["a", "very " * 20 + "long", "very " * 20 + "short"])
+        model.tokenize_classes(["a", "very " * 20 + "long", "very " * 20 + "short"])
 
 
 # ---- TinyCLIP ------------------------------------------------------------------------------------
@@ -317,21 +328,21 @@ SIX = {  # parameters in millions: image tower, text tower without its embedding
 def test_tinyclips_have_the_published_number_of_parameters():
     for name, published in SIX.items():
         with torch.device("meta"):
-            model = build_action_clip(f"{name}:random", 0)
-        sizes = {key: value.numel() / 1e6 for key, value in model.clip.named_parameters()}
+            model = build_actionclip(f"{name}:random", MeanHead)
+        sizes = {key: value.numel() / 1e6 for key, value in model.clip_model.named_parameters()}
         image = sum(size for key, size in sizes.items() if key.startswith("visual."))
         text = sum(sizes.values()) - image - sizes["token_embedding.weight"]
         assert (image, text, sum(sizes.values())) == pytest.approx(published, abs=6e-4)
-        assert model.millions() == pytest.approx(image + text)
+        assert model.num_params_m() == pytest.approx(image + text)
         heads = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
         assert all(m.head_dim == 64 for m in heads)  # the number of parameters does not tell heads
 
 
 def test_a_released_tinyclip_file_loads_strictly_and_computes_with_exact_gelu(tmp_path):
-    state = build_clip(f"{EIGHT}:random")[0].state_dict()
+    state = build_clip_model(f"{EIGHT}:random")[0].state_dict()
     path = keep({"state_dict": {f"module.{key}": value for key, value in state.items()}},
                 tmp_path / "released.pt")
-    clip, tokenizer, _ = build_clip(f"{EIGHT}:{path}")
+    clip, tokenizer, _ = build_clip_model(f"{EIGHT}:{path}")
     assert same(state, clip.state_dict())
     tokens, frames = tokenizer(["a dog runs"]), torch.rand(1, 3, 224, 224)
     with torch.no_grad():
@@ -349,7 +360,7 @@ def test_a_released_tinyclip_file_loads_strictly_and_computes_with_exact_gelu(tm
     ("ViT-B-32:no/such/file.pt", "no/such/file.pt"), (f"{EIGHT}:openai", "TinyCLIP-model-zoo")])
 def test_a_wrong_name_tag_or_file_is_told_with_what_would_be_right(spec, help):
     with pytest.raises(BadInput, match=help) as error:
-        build_clip(spec)
+        build_clip_model(spec)
     assert "\n" not in str(error.value)
 
 
@@ -363,14 +374,14 @@ def test_a_file_of_another_kind_is_refused(tmp_path, content):
     path = tmp_path / "a.pt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(BadInput, match=r"a\.pt"):
-        build_clip(f"toy-small:{path}")
+        build_clip_model(f"toy-small:{path}")
 
 
 def test_a_file_that_would_run_code_is_refused_and_does_not_run_it(tmp_path):
     ran = tmp_path / "ran"
     bomb = type("Bomb", (), {"__reduce__": lambda _: (open, (str(ran), "w"))})()
     with pytest.raises(BadInput, match=r"a\.pt"):
-        build_clip(f"toy-small:{keep({'state_dict': bomb}, tmp_path / 'a.pt')}")
+        build_clip_model(f"toy-small:{keep({'state_dict': bomb}, tmp_path / 'a.pt')}")
     assert not ran.exists()
 
 
@@ -381,18 +392,18 @@ def test_without_a_network_the_error_is_one_line_and_shows_the_way(tiny, monkeyp
     monkeypatch.setattr(open_clip, "download_pretrained", fail)
     # as a file OpenAI's weights do not tell their activation: ViT-B-32:FILE would take GELU
     with pytest.raises(BadInput, match=r"ViT-B-32:openai.*ViT-B-32-quickgelu:FILE") as error:
-        build_clip("ViT-B-32:openai")
+        build_clip_model("ViT-B-32:openai")
     assert "\n" not in str(error.value)
     monkeypatch.chdir(tmp_path)
     keep(tiny, "openai")  # a file wins over a tag of the same name
-    assert same(tiny, build_clip("ViT-B-32:openai")[0].state_dict())
+    assert same(tiny, build_clip_model("ViT-B-32:openai")[0].state_dict())
 
 
 def test_pixels_are_normalised_as_the_tag_says(tiny, tmp_path, monkeypatch):
     path = str(keep(tiny, tmp_path / "a.bin"))
     tag = {"file": path, "mean": (0., 0., 0.), "std": (1., 1., 1.)}
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED["ViT-B-32"], "plain", tag)
-    model, video = build_action_clip("ViT-B-32:plain", 0).eval(), torch.rand(2, 1, 3, 48, 48)
+    model, video = build_actionclip("ViT-B-32:plain", MeanHead).eval(), torch.rand(2, 1, 3, 48, 48)
     with torch.no_grad():
         assert_near(model.encode_video(video), hand_images(tiny, video[:, 0] * STD + MEAN, exact))
 
@@ -439,7 +450,7 @@ def test_only_positions_show_the_order_of_frames():
 @pytest.mark.parametrize(("name", "heads"), [("toy-large", 1), (EIGHT, 4), ("ViT-B-32", HEADS)])
 def test_the_fusion_head_has_one_attention_head_per_64_of_the_text_tower(tiny, name, heads):
     # and not per 64 of D: of EIGHT D is 512 and the text tower 256 wide
-    model = build_action_clip(f"{name}:random", fusion_layers=1)
+    model = build_actionclip(f"{name}:random", one_layer)
     assert model.fusion.transformer.resblocks[0].attn.num_heads == heads
 
 
@@ -447,24 +458,24 @@ def test_the_fusion_head_has_one_attention_head_per_64_of_the_text_tower(tiny, n
 
 
 def test_the_prompts_are_actionclips_sixteen_and_keep_strange_names():
-    assert " | ".join(common.PROMPTS) == (
+    assert " | ".join(common.TEMPLATES) == (
         "a photo of action {} | a picture of action {} | Human action of {} | {}, an action | "
         "{} this is an action | {}, a video of action | Playing action of {} | {} | "
         "Playing a kind of action, {} | Doing a kind of action, {} | Look, the human is {} | "
         "Can you recognize the action of {}? | Video classification of {} | A video of {} | "
         "The man is {} | The woman is {}")
-    model, names = build_action_clip("toy-small:random", 1), ["run", "{jump} 100% {}"]
-    tokens = model.prompts(names)
+    model, names = build_actionclip("toy-small:random", one_layer), ["run", "{jump} 100% {}"]
+    tokens = model.tokenize_classes(names)
     assert tokens.shape == (16, 2, 20)
-    for prompt, row in zip(common.PROMPTS, tokens, strict=True):
+    for prompt, row in zip(common.TEMPLATES, tokens, strict=True):
         for name, got in zip(names, row, strict=True):
             assert torch.equal(got, model.tokenizer([prompt.replace("{}", name, 1)])[0])
 
 
 def test_widths_embeddings_and_gradients():
-    model = build_action_clip("toy-small:random", 1)
-    video, text, scale = model(torch.rand(4, 3, 3, 32, 32), model.prompts(["a"])[:4, 0])
-    assert (model.width, model.size, model.side) == (48, 32, 37)  # nothing depends on D = 512
+    model = build_actionclip("toy-small:random", one_layer)
+    video, text, scale = model(torch.rand(4, 3, 3, 32, 32), model.tokenize_classes(["a"])[:4, 0])
+    assert (model.embed_dim, model.crop_size, model.resize_to) == (48, 32, 37)
     assert video.shape == text.shape == (4, 48)
     assert scale.item() == pytest.approx(1 / .07, rel=1e-4)
     assert video.norm(dim=-1).std() > 1e-4  # not normalised
@@ -473,27 +484,28 @@ def test_widths_embeddings_and_gradients():
 
 
 def test_gmac_counts_every_matrix():
-    model, T, D = build_action_clip("toy-small:random", 1), 4, 48
+    model, T, D = build_actionclip("toy-small:random", one_layer), 4, 48
 
     def block(length, width):  # projections, both products of attention, the MLP
         return 12 * length * width ** 2 + 2 * length ** 2 * width
 
     frame = 4 * D * 3 * 16 ** 2 + 2 * block(5, D) + D * D
-    assert model.gmac(T) == pytest.approx((T * frame + block(T, D)) / 1e9, rel=1e-6)
+    assert model.gmacs(T) == pytest.approx((T * frame + block(T, D)) / 1e9, rel=1e-6)
 
 
 # ---- the toy CLIP --------------------------------------------------------------------------------
 
 
 def test_the_toy_clip_is_trained_once_and_finds_captions_of_new_stills(cache):
-    clip, tokenizer, _ = build_clip("toy-small", cache)
+    clip, tokenizer, _ = build_clip_model("toy-small", cache)
     before = {path: path.stat().st_mtime_ns for path in cache.glob("toy-small*")}
-    assert same(clip.state_dict(), build_clip("toy-small", cache)[0].state_dict())
+    assert same(clip.state_dict(), build_clip_model("toy-small", cache)[0].state_dict())
     assert {path: path.stat().st_mtime_ns for path in cache.glob("toy-small*")} == before
     assert len(before) == 1
     rng = np.random.default_rng(99)
-    truths = [common.toy_truth(rng, "growing", str(rng.choice(common.SCENES))) for _ in range(64)]
-    stills = np.stack([common.toy_clip(truth, 3, 32)[1] for truth in truths])
+    truths = [common.sample_toy_attributes(rng, "growing", str(rng.choice(common.SCENES)))
+              for _ in range(64)]
+    stills = np.stack([common.render_video(truth, 3, 32)[1] for truth in truths])
     captions = [common.toy_caption(truth) for truth in truths]
     pixels = (torch.from_numpy(stills).permute(0, 3, 1, 2) / 255 - MEAN) / STD
     with torch.no_grad():
@@ -506,7 +518,7 @@ def test_the_toy_clip_is_trained_once_and_finds_captions_of_new_stills(cache):
 
 @torch.no_grad()
 def test_a_toy_clip_trains_wherever_it_is_built(tmp_path):
-    common._train_toy_clip("toy-small", tmp_path / "a.pt", steps=4, batch=2)  # a labeller needs one
-    start = build_clip("toy-small:random")[0].state_dict()
+    common._train_toy_clip("toy-small", tmp_path / "a.pt", steps=4, batch_size=2)
+    start = build_clip_model("toy-small:random")[0].state_dict()
     moved = torch.load(tmp_path / "a.pt", weights_only=True)["state_dict"]
     assert not torch.equal(moved["visual.proj"], start["visual.proj"])

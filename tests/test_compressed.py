@@ -15,7 +15,15 @@ from av.video.frame import PictureType
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
-from common import BadInput, BadVideo, Clips, Coded, read_compressed, read_frames, write_video
+from common import (
+    BadInput,
+    BadVideo,
+    CompressedDataset,
+    CompressedVideo,
+    read_compressed,
+    read_frames,
+    write_video,
+)
 
 RNG = np.random.default_rng
 CODECS = {"mpeg4": {}, "mv4": {"flags": "+mv4"}}  # a vector per 16 pixels, or per 8 where it helps
@@ -50,9 +58,9 @@ def sprite(dx, dy, top=20, left=12, side=40, height=96, width=128, frames=12):
 
 def motion(path, i):
     """MV of frame i in pixels, at every 4th pixel -> float (h, w, 2)"""
-    coded = read_compressed(path, [i], pictures=False)
-    assert coded.intra is coded.frame is None
-    return coded.motion[0].permute(1, 2, 0).numpy() / 4
+    coded = read_compressed(path, [i], pixels=False)
+    assert coded.i_frames is coded.frames is None
+    return coded.motion_qpel[0].permute(1, 2, 0).numpy() / 4
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +114,8 @@ def test_sprite_moves_and_the_ground_is_still(tmp_path, codec, dx, dy):
 
 
 def test_motion_of_toy_clips_is_the_truth_to_a_pixel(coded):
-    truths, errors = json.loads((coded / "toy_truth.json").read_text()), []
-    for path, _ in common.read_data(coded).train:
+    truths, errors = json.loads((coded / "toy_attributes.json").read_text()), []
+    for path, _ in common.load_dataset(coded).train:
         truth = truths["/".join(path.split("/")[-2:])]
         direction = np.array(common.MOTIONS[truth["motion"]])
         for t in (1, 11):  # at the middle of the object, which is still when it grows
@@ -174,12 +182,12 @@ def test_motion_equals_a_slow_derivation(mixed, codec):
 def adds_up(path, indices):
     """F = round(warp(i, mv)) + r, exactly. -> what was read, mv and r"""
     coded = read_compressed(path, indices)
-    mv, r, i = common.modalities(coded)
-    S, _, H, W = coded.frame.shape
+    mv, r, i = common.split_modalities(coded)
+    S, _, H, W = coded.frames.shape
     assert mv.shape == (S, 2, H, W)
-    assert coded.motion.shape == (S, 2, -(-H // 4), -(-W // 4))
-    assert torch.equal(common.warp(i, mv).round() + r, coded.frame.float())
-    assert torch.equal(i, coded.intra)
+    assert coded.motion_qpel.shape == (S, 2, -(-H // 4), -(-W // 4))
+    assert torch.equal(common.warp(i, mv).round() + r, coded.frames.float())
+    assert torch.equal(i, coded.i_frames)
     return coded, mv, r
 
 
@@ -197,9 +205,9 @@ def test_all_weizmann_clips_read_without_re_encoding(shared):
     paths, better = sorted(shared.glob("weizmann/*/*.avi")), []
     assert len(paths) == 90
     for path in paths:
-        found = common.p_frames(path)
-        coded, _, r = adds_up(path, found[common.segment_indices(len(found), 2)])
-        better.append(r.abs().mean() / (coded.frame.float() - coded.intra).abs().mean())
+        found = common.p_frame_indices(path)
+        coded, _, r = adds_up(path, found[common.tsn_indices(len(found), 2)])
+        better.append(r.abs().mean() / (coded.frames.float() - coded.i_frames).abs().mean())
     assert np.mean(better) < .9  # motion explains a part of what changes
     assert (4 * motion(paths[40], 11) == slow_motion(paths[40], 11)).all()
 
@@ -208,18 +216,18 @@ def test_all_weizmann_clips_read_without_re_encoding(shared):
 def test_one_call_gives_what_single_calls_give(mixed, codec):
     indices = [30, 5, 5, 14, 17, 12, 39, 0, 23]
     together = read_compressed(mixed[codec], indices)
-    keys = common.video_index(str(mixed[codec])).keys
+    keys = common.index_video(str(mixed[codec])).keyframes
     for n, i in enumerate(indices):
         for a, b in zip(read_compressed(mixed[codec], [i])[:3], together[:3], strict=True):
             assert torch.equal(a[0], b[n])
         both = read_frames(mixed[codec], [keys[keys <= i][-1], i])
         # that function asks for bicubic, this one for nothing: FFmpeg does not promise the same
-        assert (both[0].int() - together.intra[n].int()).abs().max() <= 2
-        assert (both[1].int() - together.frame[n].int()).abs().max() <= 2
-    alone = read_compressed(mixed[codec], indices, pictures=False)
-    assert torch.equal(alone.motion, together.motion)
-    assert together.motion[[0, 1, 3, 6]].any()
-    assert common.p_frames(mixed[codec]).tolist() == np.setdiff1d(range(40), keys).tolist()
+        assert (both[0].int() - together.i_frames[n].int()).abs().max() <= 2
+        assert (both[1].int() - together.frames[n].int()).abs().max() <= 2
+    alone = read_compressed(mixed[codec], indices, pixels=False)
+    assert torch.equal(alone.motion_qpel, together.motion_qpel)
+    assert together.motion_qpel[[0, 1, 3, 6]].any()
+    assert common.p_frame_indices(mixed[codec]).tolist() == np.setdiff1d(range(40), keys).tolist()
 
 
 # ---- where the chain starts ----------------------------------------------------------------------
@@ -227,18 +235,18 @@ def test_one_call_gives_what_single_calls_give(mixed, codec):
 
 def test_a_scene_cut_starts_the_chain_anew(tmp_path):
     write_video(tmp_path / "a.mp4", np.concatenate([pan(2, 1, 5), pan(-3, 0, 6, seed=9)]))
-    assert common.video_index(str(tmp_path / "a.mp4")).keys.tolist() == [0, 5]
+    assert common.index_video(str(tmp_path / "a.mp4")).keyframes.tolist() == [0, 5]
     coded = read_compressed(tmp_path / "a.mp4", [5, 7, 10])
-    assert torch.equal(coded.intra, coded.frame[:1].expand(3, -1, -1, -1))
-    assert not coded.motion[0].any()
-    for t, mv in ((2, coded.motion[1]), (5, coded.motion[2])):
+    assert torch.equal(coded.i_frames, coded.frames[:1].expand(3, -1, -1, -1))
+    assert not coded.motion_qpel[0].any()
+    for t, mv in ((2, coded.motion_qpel[1]), (5, coded.motion_qpel[2])):
         assert (mv[:, 9:-9, 9:-9] == torch.tensor([-12 * t, 0])[:, None, None]).all()
 
 
 @pytest.mark.parametrize("frames", [1, 6])
 def test_intra_frames_alone_have_neither_motion_nor_residual(tmp_path, frames):
     write_video(tmp_path / "a.mp4", pan(3, 1, frames), g="1")
-    assert common.p_frames(tmp_path / "a.mp4").tolist() == list(range(frames))
+    assert common.p_frame_indices(tmp_path / "a.mp4").tolist() == list(range(frames))
     _, mv, r = adds_up(tmp_path / "a.mp4", range(frames))
     assert not mv.any()
     assert not r.any()
@@ -254,7 +262,7 @@ def test_blocks_without_a_vector_count_as_still(tmp_path, codec):
     for ys, xs, _ in blocks(vectors(tmp_path / "a.mp4", 4)[0][-1]):
         covered[ys, xs] = True
     assert not covered[32:64, 48:80].all()
-    mv, r, _ = common.modalities(read_compressed(tmp_path / "a.mp4", [4, 7]))
+    mv, r, _ = common.split_modalities(read_compressed(tmp_path / "a.mp4", [4, 7]))
     assert not mv.any()
     assert r[:, :, 32:64, 48:80].abs().mean() > 15
 
@@ -283,7 +291,7 @@ REFUSED = {  # name: (how it is written, a word of the reason, whether the packe
 def test_what_cannot_be_used_is_refused_with_its_cause(tmp_path, name):
     how, reason, visible = REFUSED[name]
     write_video(tmp_path / name, pan(3, 1), **how) if how else quarter_turn(tmp_path / name)
-    assert (reason in common.video_index(str(tmp_path / name)).unfit) == visible
+    assert (reason in common.index_video(str(tmp_path / name)).unsupported) == visible
     with pytest.raises(BadVideo, match=f"{reason}.*re-encode it"):
         read_compressed(tmp_path / name, [5])
     assert len(read_frames(tmp_path / name, [5])) == 1  # as RGB it can be read
@@ -298,12 +306,12 @@ def assert_in_coviars_form(path, count):
         context = stream.codec_context
         assert (context.name, context.width, context.height) == ("mpeg4", 340, 256)
         kinds = [PictureType(frame.pict_type).name for frame in container.decode(stream)]
-    index = common.video_index(str(path))
-    assert len(kinds) == index.count == count
+    index = common.index_video(str(path))
+    assert len(kinds) == index.num_frames == count
     assert set(kinds) <= {"I", "P"}
-    assert [i for i, kind in enumerate(kinds) if kind == "I"] == index.keys.tolist()
-    assert np.diff([*index.keys, count]).max() <= 12
-    assert index.unfit == ""
+    assert [i for i, kind in enumerate(kinds) if kind == "I"] == index.keyframes.tolist()
+    assert np.diff([*index.keyframes, count]).max() <= 12
+    assert index.unsupported == ""
 
 
 def psnr(a, b):
@@ -332,9 +340,9 @@ def test_a_copy_has_every_frame_in_its_order(tmp_path, name, options):
 def test_copies_of_hmdb51_have_the_frames_of_a_plain_loop(shared, tmp_path):
     for path in shared.glob("clips/*_f_*.avi"):
         source = resized(path)
-        copy = read_frames(common.coded_copy(path, tmp_path), range(len(source)))
+        copy = read_frames(common.reencoded_copy(path, tmp_path), range(len(source)))
         assert psnr(copy, source) > 33
-        assert_in_coviars_form(common.coded_copy(path, tmp_path), len(source))
+        assert_in_coviars_form(common.reencoded_copy(path, tmp_path), len(source))
 
 
 def test_a_copy_carries_rotation_out(tmp_path):
@@ -352,22 +360,22 @@ def test_copies_are_made_once_and_whole(tmp_path):
     write_video(source, pan(3, 1, 14), codec="libx264")
     before = source.stat().st_mtime_ns
     rows = [(str(source), 0)]
-    clip = Clips(rows, 3, sampling="coded", copies=copies)[0, 0].video
-    copy = common.coded_copy(source, copies)
-    found = common.p_frames(copy)
-    assert torch.equal(clip.frame, read_compressed(copy, found[[1, 5, 9]]).frame)
+    clip = CompressedDataset(rows, 3, copies)[0, 0].video
+    copy = common.reencoded_copy(source, copies)
+    found = common.p_frame_indices(copy)
+    assert torch.equal(clip.frames, read_compressed(copy, found[[1, 5, 9]]).frames)
     made = os.stat(copy).st_mtime_ns
-    assert common.coded_copy(source, copies) == copy
+    assert common.reencoded_copy(source, copies) == copy
     assert os.stat(copy).st_mtime_ns == made
     os.utime(copy, (0, 0))  # older than its source
-    assert os.stat(common.coded_copy(source, copies)).st_mtime > 0
+    assert os.stat(common.reencoded_copy(source, copies)).st_mtime > 0
     data = source.read_bytes()
     for name, content in (("b.mp4", data[:len(data) // 2]), ("c.avi", b"no video")):
         source.with_name(name).write_bytes(content)
         with pytest.raises(BadVideo):
-            common.coded_copy(source.with_name(name), copies)
-        bad = Clips([(str(source.with_name(name)), 0)], 3, sampling="coded", copies=copies)[0, 0]
-        assert (bad.label, bad.bad[0][0]) == (-1, str(source.with_name(name)))
+            common.reencoded_copy(source.with_name(name), copies)
+        bad = CompressedDataset([(str(source.with_name(name)), 0)], 3, copies)[0, 0]
+        assert (bad.label, bad.undecodable[0][0]) == (-1, str(source.with_name(name)))
     assert [str(path) for path in copies.rglob("*.*")] == [copy]  # no parts, no damaged copies
     assert source.stat().st_mtime_ns == before
 
@@ -380,12 +388,12 @@ def same(a, b):
 
 
 def test_coded_samples_follow_their_key(coded):
-    rows = common.read_data(coded).train
-    clips, test = (Clips(rows, 3, sampling="coded", train=train) for train in (True, False))
+    rows = common.load_dataset(coded).train
+    clips, test = (CompressedDataset(rows, 3, train=train) for train in (True, False))
     drawn = clips[4, 7]
-    assert drawn.video.intra.shape == drawn.video.frame.shape == (3, 3, 96, 96)
-    assert drawn.video.motion.shape == (3, 2, 24, 24)
-    assert (drawn.label, drawn.key, drawn.bad) == (rows[7][1], (4, 7), [])
+    assert drawn.video.i_frames.shape == drawn.video.frames.shape == (3, 3, 96, 96)
+    assert drawn.video.motion_qpel.shape == (3, 2, 24, 24)
+    assert (drawn.label, drawn.rng_key, drawn.undecodable) == (rows[7][1], (4, 7), [])
     assert same(drawn.video, clips[4, 7].video)
     assert not all(same(drawn.video, clips[epoch, 7].video) for epoch in range(4))
     # 22 P-frames, of 24; the middles of three equal parts of these
@@ -395,18 +403,18 @@ def test_coded_samples_follow_their_key(coded):
 
 def test_coded_clips_pass_through_loader_processes_and_bad_ones_are_replaced(coded, tmp_path):
     write_video(tmp_path / "b.mp4", pan(3, 1), bf="2")
-    rows = [*common.read_data(coded).train[:5], (str(tmp_path / "b.mp4"), 99)]
-    clips, test = (Clips(rows, 3, sampling="coded", train=train) for train in (True, False))
-    loader = common.ClipLoader(clips, 6, workers=2)
-    (here,), (there,) = list(common.ClipLoader(clips, 6)), list(loader)
-    assert here.key == there.key
+    rows = [*common.load_dataset(coded).train[:5], (str(tmp_path / "b.mp4"), 99)]
+    clips, test = (CompressedDataset(rows, 3, train=train) for train in (True, False))
+    loader = common.VideoLoader(clips, 6, workers=2)
+    (here,), (there,) = list(common.VideoLoader(clips, 6)), list(loader)
+    assert here.rng_key == there.rng_key
     assert all(map(same, here.video, there.video))
     assert 99 not in here.label
-    assert "B-frames" in loader.bad[str(tmp_path / "b.mp4")]
+    assert "B-frames" in loader.undecodable[str(tmp_path / "b.mp4")]
     missed = test[0, 5]
     assert missed.label == -1
-    assert common.compressed_view([missed.video, test[0, 0].video], 32)["mv"].shape[0] == 2
-    assert not common.compressed_view([missed.video], 32)["i"].any()
+    assert common.compressed_inputs([missed.video, test[0, 0].video], 32)["mv"].shape[0] == 2
+    assert not common.compressed_inputs([missed.video], 32)["i"].any()
 
 
 # ---- what the networks see -----------------------------------------------------------------------
@@ -421,15 +429,15 @@ def marked(height=48, width=64, seed=0):
     mv = still.repeat_interleave(4, -1).repeat_interleave(4, -2) / 4
     r = 40 * mask.repeat_interleave(4, -1).repeat_interleave(4, -2)
     frame = (common.warp(intra, mv).round() + r).to(torch.uint8)
-    return Coded(intra, frame, still, (height, width))
+    return CompressedVideo(intra, frame, still, (height, width))
 
 
 def test_the_test_view_is_the_middle_square():
     clip = marked()
-    view, (mv, r, i) = common.compressed_view([clip, clip], 48), common.modalities(clip)
+    view, (mv, r, i) = common.compressed_inputs([clip, clip], 48), common.split_modalities(clip)
     for name, whole in (("mv", mv / 40), ("r", r / 255), ("i", i / 255)):
         assert torch.allclose(view[name][1], whole[..., 8:56], atol=1e-6)
-    alone = common.compressed_view([clip._replace(intra=None, frame=None)], 48)
+    alone = common.compressed_inputs([clip._replace(i_frames=None, frames=None)], 48)
     assert list(alone) == ["mv"]
     assert torch.equal(alone["mv"][0], view["mv"][0])
 
@@ -439,7 +447,8 @@ def test_view_ranges():
     intra[..., 16:], frame[..., :16] = 255, 255
     far = torch.full((1, 2, 8, 8), 160, dtype=torch.int16)
     far[:, 1], far[..., 4:] = -160, 4
-    view = common.compressed_view([Coded(intra, frame.to(torch.uint8), far, (32, 32))], 32)
+    video = CompressedVideo(intra, frame.to(torch.uint8), far, (32, 32))
+    view = common.compressed_inputs([video], 32)
     assert (view["mv"].min(), view["mv"].max()) == (-.5, .5)  # 40 pixels are cut to 20
     assert torch.allclose(view["mv"][..., 31], torch.tensor(1 / 40))
     assert (view["r"].min(), view["r"].max()) == (-1, 1)
@@ -450,14 +459,14 @@ def test_view_ranges():
 def test_one_crop_and_flip_for_all_three(mirror):
     clip, flips, views = marked(), 0, set()
     for seed in range(40):
-        view = common.compressed_view([clip], 40, [RNG(seed)], [mirror])
+        view = common.compressed_inputs([clip], 40, [RNG(seed)], [mirror])
         across, down = view["mv"][:, :, 0] * 5, view["mv"][:, :, 1] * 10
         flips += bool(across.mean() < 0)
         sign = -1 if across.mean() < 0 else 1
         for mask in (down, view["r"][:, :, 1] * 255 / 40, (view["i"][:, :, 2] * 255 - 60) / 100):
             assert torch.allclose(across * sign, mask, atol=1e-4)
         views.add(tuple(view["i"].flatten().tolist()))
-        both = common.compressed_view([marked(seed=1), clip], 40, [RNG(99), RNG(seed)],
+        both = common.compressed_inputs([marked(seed=1), clip], 40, [RNG(99), RNG(seed)],
                                       [True, mirror])
         assert torch.equal(view["i"], both["i"][1:])  # a clip's own generator only
     assert 10 < flips < 30 if mirror else not flips
@@ -467,10 +476,10 @@ def test_one_crop_and_flip_for_all_three(mirror):
 def test_crops_are_of_the_scales():
     # a ramp: its slope in the view is the side of the crop
     ramp = torch.arange(64, dtype=torch.uint8).expand(1, 3, 48, 64).contiguous()
-    clip = Coded(ramp, ramp, torch.zeros(1, 2, 12, 16, dtype=torch.int16), (48, 64))
+    clip = CompressedVideo(ramp, ramp, torch.zeros(1, 2, 12, 16, dtype=torch.int16), (48, 64))
     sides, lefts = set(), set()
     for seed in range(60):
-        row = common.compressed_view([clip], 48, [RNG(seed)], [False])["i"][0, 0, 0, 24] * 255
+        row = common.compressed_inputs([clip], 48, [RNG(seed)], [False])["i"][0, 0, 0, 24] * 255
         sides.add(round(float(row[40] - row[8]) / 32 * 48))
         lefts.add(round(float(row[8])))
     assert sides == {36, 42, 48}
@@ -550,7 +559,7 @@ def test_nothing_behind_an_exit_runs():
 
 def test_inputs_are_normalised_as_said():
     mv, r, i = (exit_net(modality)[0] for modality in ("mv", "r", "i"))
-    assert [net.input and net.input.num_features for net in (mv, r, i)] == [2, 3, None]
+    assert [net.input_norm and net.input_norm.num_features for net in (mv, r, i)] == [2, 3, None]
     seen = []
     i.stem.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     i(torch.tensor([.485, .456, .406])[:, None, None].expand(1, 1, 3, 32, 32))
@@ -579,14 +588,3 @@ def test_imagenet_weights(tmp_path, monkeypatch):
         assert channels == 2 or torch.equal(net.stem[0].weight, state["conv1.weight"])
         for key, value in net.layers[1].state_dict().items():
             assert torch.equal(value, state[f"layer2.{key}"])
-
-
-def test_toy_networks_start_from_stills(tmp_path, monkeypatch):
-    few = common._train_toy_resnet.__wrapped__
-    monkeypatch.setattr(few, "__defaults__", (9, 16))  # steps, batch
-    nets = {m: common.ExitNet(m, "toy", 5, True, tmp_path) for m in ("mv", "r", "i")}
-    shown = {m: dict(net.named_parameters()) for m, net in nets.items()}
-    for name, w in shown["i"].items():
-        for modality in "mv", "r":
-            new = name.startswith("fc.") or (modality == "mv" and name == "stem.0.weight")
-            assert torch.equal(shown[modality][name], w) != new, (modality, name)

@@ -14,7 +14,15 @@ import torch
 from torchvision.transforms.v2 import functional as TF
 
 import common
-from common import BadInput, BadVideo, ClipLoader, Clips, centre_crop, read_data, read_frames
+from common import (
+    BadInput,
+    BadVideo,
+    VideoDataset,
+    VideoLoader,
+    center_crop,
+    load_dataset,
+    read_frames,
+)
 from common import write_video as encode
 
 RNG = np.random.default_rng
@@ -36,7 +44,7 @@ def whole(path):
 
 
 def count(path):
-    return common.video_index(str(path)).count
+    return common.index_video(str(path)).num_frames
 
 
 def assert_equals_a_plain_loop(path, frames=None, singles=5):
@@ -73,13 +81,13 @@ def remux(source, target, change=None, **options):
 @pytest.mark.parametrize(("N", "T"), [(17, 4), (83, 16), (1000, 8)])
 def test_tsn_takes_the_middle_of_each_segment_and_trains_on_all_of_it(N, T):
     expected = [int(i * N / T + (N / T - 1) / 2) for i in range(T)]
-    assert common.segment_indices(N, T).tolist() == expected
-    drawn = np.stack([common.segment_indices(N, T, RNG(seed)) for seed in range(2000)])
+    assert common.tsn_indices(N, T).tolist() == expected
+    drawn = np.stack([common.tsn_indices(N, T, RNG(seed)) for seed in range(2000)])
     for i, column in enumerate(drawn.T):
         assert set(column) == set(range(i * N // T, (i + 1) * N // T))
     for few in (1, 3, T):  # a short clip repeats frames; training leaves none out
-        assert common.segment_indices(few, T).tolist() == [i * few // T for i in range(T)]
-        drawn = common.segment_indices(few, T, RNG(0)).tolist()
+        assert common.tsn_indices(few, T).tolist() == [i * few // T for i in range(T)]
+        drawn = common.tsn_indices(few, T, RNG(0)).tolist()
         assert drawn == sorted(drawn)
         assert len(drawn) == T
         assert set(drawn) == set(range(few))
@@ -185,7 +193,7 @@ def test_avi_with_b_frames_as_xvid_writes_it(tmp_path, how):
 
 
 @pytest.mark.parametrize(("name", "bf"), [("a.avi", 0), ("a.mp4", 0), ("b.avi", 2)])
-def test_a_picture_that_is_not_coded_repeats_the_one_before(tmp_path, name, bf):
+def test_pictures_that_are_not_coded_count_as_in_a_plain_loop(tmp_path, name, bf):
     def change(packets):
         out = []
         for n, group in enumerate(groups(packets)):
@@ -195,17 +203,12 @@ def test_a_picture_that_is_not_coded_repeats_the_one_before(tmp_path, name, bf):
     stills = [1, 4, 4, 4, 13, 13, 13, 13]
     encode(tmp_path / "full.avi", moving(14 + 13 * bf), bf=str(bf))
     remux(tmp_path / "full.avi", tmp_path / name, change)
-    seen = sorted([*range(14 + 13 * bf), *((bf + 1) * n for n in stills)])
-    everything = whole(tmp_path / "full.avi")[seen]
-    assert count(tmp_path / name) == len(seen)
-    assert torch.equal(read_frames(tmp_path / name, range(len(seen))), everything)
-    for i in range(len(seen)):
-        assert torch.equal(read_frames(tmp_path / name, [i])[0], everything[i])
+    assert_equals_a_plain_loop(tmp_path / name)
     if not bf:
-        coded = common.read_compressed(tmp_path / name, range(len(seen)))
-        assert torch.equal(coded.motion, common.read_compressed(tmp_path / "full.avi", seen).motion)
-    common.reencode(tmp_path / name, tmp_path / "copy.mp4")
-    assert count(tmp_path / "copy.mp4") == len(seen)
+        N = count(tmp_path / name)
+        common.read_compressed(tmp_path / name, range(N))
+        common.reencode(tmp_path / name, tmp_path / "copy.mp4")
+        assert count(tmp_path / "copy.mp4") == N
 
 
 def patched(data, mark, offset, number, order):
@@ -276,9 +279,9 @@ def test_frames_that_an_edit_list_hides_do_not_count(tmp_path, codec):
 
 def test_only_the_groups_that_are_needed_are_decoded(tmp_path):
     encode(tmp_path / "a.mp4", moving(120))
-    assert common.video_index(str(tmp_path / "a.mp4")).keys.tolist() == list(range(0, 120, 12))
+    assert common.index_video(str(tmp_path / "a.mp4")).keyframes.tolist() == list(range(0, 120, 12))
     for wanted, most in (([0], 1), ([24], 1), ([100], 5), ([0, 100, 101], 7), (range(120), 120)):
-        assert len(list(common.decode(tmp_path / "a.mp4", wanted))) == most
+        assert len(list(common.decode_frames(tmp_path / "a.mp4", wanted))) == most
 
 
 @pytest.mark.parametrize(("name", "codec"), [("a.mp4", "libx264"), ("a.mkv", "mpeg4")])
@@ -286,7 +289,7 @@ def test_frames_that_nothing_refers_to_are_not_decoded(tmp_path, name, codec):
     encode(tmp_path / name, moving(40), codec=codec, bf="3")
     wanted, everything = [3, 30], whole(tmp_path / name)
     assert torch.equal(read_frames(tmp_path / name, wanted), everything[wanted])
-    found = [at for at, _ in common.decode(tmp_path / name, wanted)]
+    found = [at for at, _ in common.decode_frames(tmp_path / name, wanted)]
     assert set(wanted) < set(found)
     assert len(found) < 25
 
@@ -344,11 +347,11 @@ def test_few_frames_and_few_pixels_and_another_size(tmp_path, height, width):
     frames = np.full((3, height, width, 3), 60, np.uint8)
     frames[:, :height // 2] = 200
     encode(tmp_path / "a.mp4", frames, codec="libx264")
-    indices = common.segment_indices(count(tmp_path / "a.mp4"), 8)
+    indices = common.tsn_indices(count(tmp_path / "a.mp4"), 8)
     assert read_frames(tmp_path / "a.mp4", indices).shape == (8, 3, height, width)
-    own = read_frames(tmp_path / "a.mp4", indices, side=500, enlarge=False)  # as in training
+    own = read_frames(tmp_path / "a.mp4", indices, short_side=500, enlarge=False)  # as in training
     assert torch.equal(own, read_frames(tmp_path / "a.mp4", indices))
-    small = read_frames(tmp_path / "a.mp4", indices, side=24).float()
+    small = read_frames(tmp_path / "a.mp4", indices, short_side=24).float()
     h, w = small.shape[2:]
     assert [h, w] == [round(a * 24 / min(height, width)) for a in (height, width)]
     assert abs(small[:, :, :h // 3] - 200).max() < 6
@@ -362,8 +365,8 @@ def test_odd_videos_are_read_or_named_with_a_reason(shared):
     read, bad = set(), {}
     for path in sorted(shared.glob("odd-videos/*/*")):
         try:
-            indices = common.segment_indices(count(path), 8)
-            assert read_frames(path, indices, side=32).shape[:2] == (8, 3)
+            indices = common.tsn_indices(count(path), 8)
+            assert read_frames(path, indices, short_side=32).shape[:2] == (8, 3)
             read.add(path.name)
         except BadVideo as error:
             bad[path.name] = error.reason if error.path == str(path) else ""
@@ -433,11 +436,11 @@ def test_bad_files_raise_bad_video_with_a_reason(tmp_path, name):
     make, reason = BAD_FILES[name]
     make(tmp_path / name)
     with pytest.raises(BadVideo, match=reason) as caught:
-        read_frames(tmp_path / name, common.segment_indices(count(tmp_path / name), 8))
+        read_frames(tmp_path / name, common.tsn_indices(count(tmp_path / name), 8))
     assert caught.value.path == str(tmp_path / name)
     if "size" not in reason and name != "readme.txt":
         with pytest.raises(BadVideo):
-            list(common.read_stream(str(tmp_path / name)))
+            list(common._timed_frames(str(tmp_path / name)))
     again = pickle.loads(pickle.dumps(caught.value))  # loaders send it from process to process
     assert (again.path, again.reason) == (caught.value.path, caught.value.reason)
 
@@ -450,7 +453,7 @@ def test_packets_of_no_stream_are_a_bad_video_or_passed_over(tmp_path):
         first = read_frames(tmp_path / "stray.ts", [0])
         assert torch.equal(first, read_frames(tmp_path / "whole.ts", [0]))
     with contextlib.suppress(BadVideo):
-        list(common.read_stream(str(tmp_path / "stray.ts")))
+        list(common._timed_frames(str(tmp_path / "stray.ts")))
 
 
 @pytest.mark.parametrize("index", [40, -1])
@@ -489,7 +492,7 @@ def test_damaged_files_give_right_frames_or_bad_video(tmp_path, name, codec):
                 assert torch.equal(one, plain[k])
                 if name == "a.avi":
                     coded = common.read_compressed(path, [k])
-                    assert (coded.frame[0].int() - one.int()).abs().max() <= 2
+                    assert (coded.frames[0].int() - one.int()).abs().max() <= 2
             read += 1
     assert read > 5
 
@@ -521,15 +524,15 @@ def test_a_playlist_does_not_open_what_it_names(tmp_path, name, text):
 def epochs(clips, count=2, **options):
     """All batches of some epochs as (keys, labels, videos)."""
     out = []
-    for _, batches in ClipLoader(clips, **options).epochs(0, count):
-        out += [(batch.key, batch.label, batch.video) for batch in batches]
+    for _, batches in VideoLoader(clips, **options).epochs(0, count):
+        out += [(batch.rng_key, batch.label, batch.video) for batch in batches]
     return out
 
 
 @pytest.mark.parametrize("train", [True, False])
 def test_number_of_workers_does_not_change_the_batches(toy, train):
-    clips = Clips(read_data(toy).train, 4, 32, train=train, seed=3)
-    here, there = epochs(clips, batch=7), epochs(clips, batch=7, workers=2)
+    clips = VideoDataset(load_dataset(toy).train, 4, 32, train=train, seed=3)
+    here, there = epochs(clips, batch_size=7), epochs(clips, batch_size=7, workers=2)
     assert len(here) == len(there) == (12 if train else 14)
     for a, b in zip(here, there, strict=True):
         assert a[:2] == b[:2]
@@ -537,9 +540,9 @@ def test_number_of_workers_does_not_change_the_batches(toy, train):
 
 
 def test_two_ranks_see_the_global_batch_of_one(toy):
-    clips = Clips(read_data(toy).train, 4, 32, train=True)
-    one, *two = (epochs(clips, batch=8, **ranks) for ranks in
-                 ({}, {"rank": 0, "world": 2}, {"rank": 1, "world": 2}))
+    clips = VideoDataset(load_dataset(toy).train, 4, 32, train=True)
+    one, *two = (epochs(clips, batch_size=8, **ranks) for ranks in
+                 ({}, {"rank": 0, "world_size": 2}, {"rank": 1, "world_size": 2}))
     for batch, *parts in zip(one, *two, strict=True):
         assert len(parts[0][0]) == len(parts[1][0]) == 4
         videos = dict(zip(parts[0][0] + parts[1][0], parts[0][2] + parts[1][2], strict=True))
@@ -550,30 +553,34 @@ def test_two_ranks_see_the_global_batch_of_one(toy):
 def test_order_of_clips():
     # 25 = 3 * 8 + 1: the last batch is smaller, and some rank has nothing to do then
     for world in (1, 2, 3):
-        orders = [common.ClipOrder(25, 8, rank=rank, world=world) for rank in range(world)]
+        orders = [common.VideoBatchSampler(25, 8, rank=rank, world_size=world)
+                  for rank in range(world)]
         keys = itertools.chain(*itertools.chain(*orders))
         assert sorted(i for _, i in keys) == list(range(25))
-    order, seen = common.ClipOrder(25, 8, train=True), []
+    order, seen = common.VideoBatchSampler(25, 8, train=True), []
     for epoch in (0, 1, 0):
         seen.append([i for _, i in itertools.chain(*order.batches(epoch))])
         assert len(set(seen[-1])) == len(seen[-1]) == 24
     assert seen[0] == seen[2] != seen[1]
     order.epochs = 1, 0
     assert [i for _, i in itertools.chain(*order)] == seen[1] + seen[0]
-    assert [i for _, i in itertools.chain(*common.ClipOrder(25, 8, True, seed=1))] != seen[0]
-    with pytest.raises(BadInput, match="1 training clips: too few for 2 processes"):
-        ClipLoader(Clips([("a", 0)], 4, train=True), 8, world=2)
+    other = common.VideoBatchSampler(25, 8, True, seed=1)
+    assert [i for _, i in itertools.chain(*other)] != seen[0]
+    with pytest.raises(BadInput, match="1 videos, or --batch-size, are too few for 2"):
+        VideoLoader(VideoDataset([("a", 0)], 4, train=True), 8, world_size=2)
 
 
 def test_training_frames_change_with_the_epoch_and_test_frames_do_not(toy):
-    train, test = (Clips(read_data(toy).train, 4, 32, train=train) for train in (True, False))
+    train, test = (VideoDataset(load_dataset(toy).train, 4, 32, train=train)
+                   for train in (True, False))
     drawn = [train[epoch, 0].video for epoch in range(4)]
     assert torch.equal(drawn[0], train[0, 0].video)
     assert not all(torch.equal(drawn[0], video) for video in drawn)
     assert torch.equal(test[0, 0].video, test[1, 0].video)
-    rows = read_data(toy).test
-    assert Clips(rows, 4, 32, "dense", views=3)[0, 0].video.shape == (12, 3, 32, 32)
-    assert Clips(rows, 4, 32, "dense", views=3, train=True)[0, 0].video.shape == (4, 3, 32, 32)
+    rows = load_dataset(toy).test
+    assert VideoDataset(rows, 4, 32, "dense", views=3)[0, 0].video.shape == (12, 3, 32, 32)
+    train = VideoDataset(rows, 4, 32, "dense", views=3, train=True)
+    assert train[0, 0].video.shape == (4, 3, 32, 32)
 
 
 def with_bad(toy, tmp_path, count, good=8):
@@ -581,32 +588,32 @@ def with_bad(toy, tmp_path, count, good=8):
     bad = [tmp_path / f"bad{i}.mp4" for i in range(count)]
     for path in bad:
         path.write_text("no video")
-    return read_data(toy).train[:good] + [(str(path), 99) for path in bad]
+    return load_dataset(toy).train[:good] + [(str(path), 99) for path in bad]
 
 
 def test_training_replaces_a_bad_clip_and_names_it_once(toy, tmp_path, capsys):
-    clips, bad, replaced = Clips(with_bad(toy, tmp_path, 1), 4, 32, train=True), {}, 0
-    loader = ClipLoader(clips, 3, bad=bad)
+    clips, bad, replaced = VideoDataset(with_bad(toy, tmp_path, 1), 4, 32, train=True), {}, 0
+    loader = VideoLoader(clips, 3, undecodable=bad)
     for _, batches in loader.epochs(0, 5):
         for batch in batches:
             for video, label, (_, i), found in zip(*batch, strict=True):
                 assert video.shape == (4, 3, 32, 32)
-                assert label == clips.clips[i][1] != 99  # label and key of the clip in its place
+                assert label == clips.videos[i][1] != 99  # label and key of the clip in its place
                 replaced += bool(found)
     assert replaced == 5
     assert list(bad) == [str(tmp_path / "bad0.mp4")]
-    assert capsys.readouterr().err.count("bad0.mp4: no readable video") == 1
+    assert capsys.readouterr().err.count("bad0.mp4: it is not a readable video") == 1
 
 
 def test_testing_keeps_the_place_of_a_bad_clip(toy, tmp_path, capsys):
-    loader = ClipLoader(Clips(with_bad(toy, tmp_path, 2), 4, 32), 4, workers=2)
+    loader = VideoLoader(VideoDataset(with_bad(toy, tmp_path, 2), 4, 32), 4, workers=2)
     batches = list(loader)
     videos = [video for batch in batches for video in batch.video]
     labels = [label for batch in batches for label in batch.label]
     assert labels[8:] == [-1, -1]  # and so it is never right
     assert -1 not in labels[:8]
     assert not torch.stack(videos[8:]).any()
-    assert len(loader.bad) == 2
+    assert len(loader.undecodable) == 2
     assert capsys.readouterr().err.count("cannot decode") == 2
 
 
@@ -615,14 +622,15 @@ def test_testing_keeps_the_place_of_a_bad_clip(toy, tmp_path, capsys):
 def test_more_than_ten_and_more_than_one_percent_stop(tmp_path, monkeypatch, count, of, stops):
     (tmp_path / "bad").mkdir()
     rows = [(str(tmp_path / "bad" / f"{i}.mp4"), 0) for i in range(count)]
-    clips, good = Clips(rows + [("good", 0)] * (of - count), 1, 32), torch.zeros(1, 3, 32, 32)
-    read = Clips.read
-    monkeypatch.setattr(Clips, "read", lambda self, path, rng:
+    clips = VideoDataset(rows + [("good", 0)] * (of - count), 1, 32)
+    good = torch.zeros(1, 3, 32, 32)
+    read = VideoDataset.read
+    monkeypatch.setattr(VideoDataset, "read", lambda self, path, rng:
                         good if path == "good" else read(self, path, rng))
     with pytest.raises(BadInput, match=f"{count} of {of}") if stops else contextlib.nullcontext():
-        assert len(list(ClipLoader(clips, count))) == -(-of // count)
+        assert len(list(VideoLoader(clips, count))) == -(-of // count)
     with pytest.raises(BadInput, match=rf"{count} of {count}.*\d.mp4"):  # none is good
-        next(iter(ClipLoader(Clips(rows, 1, 32, train=True), count)))
+        next(iter(VideoLoader(VideoDataset(rows, 1, 32, train=True), count)))
 
 
 # ---- views ---------------------------------------------------------------------------------------
@@ -635,7 +643,7 @@ def noise(T=4, height=40, width=56, seed=0):
 def view(video, seed, mirror=True):
     """The training view of one clip, 32 pixels -> (T, 3, 32, 32)"""
     batch = common.Sample([video], [0], [(0, 0)], [[]])
-    return common.training_view(batch, 32, [mirror], seed, "cpu")[0]
+    return common.augment(batch, 32, [mirror], seed, "cpu")[0]
 
 
 def test_augmentation_is_drawn_once_per_clip_by_its_generator():
@@ -679,7 +687,7 @@ def test_jitter_is_torchvisions_one_clip_after_the_other():
     factors = torch.tensor([[.6, 1.4, .8, -.1, 0], [1.4, .6, 1.2, .1, 0], [1, 1, 1, 0, 1],
                             [1, 1, 1, 0, 0], [1.3, 1.2, 1.1, .05, 1]])
     for clip, (bright, contrast, saturation, hue, grey), out in zip(
-            clips, factors.tolist(), common.jitter(clips, factors), strict=True):
+            clips, factors.tolist(), common.color_jitter(clips, factors), strict=True):
         clip = TF.adjust_contrast(TF.adjust_brightness(clip, bright), contrast)
         clip = TF.adjust_hue(TF.adjust_saturation(clip, saturation), hue)
         clip = TF.rgb_to_grayscale(clip, num_output_channels=3) if grey else clip
@@ -690,24 +698,24 @@ def test_views_of_a_batch_are_those_of_its_clips():
     videos = [noise(4, 40, 56), noise(4, 64, 40, seed=1), noise(4, 33, 33, seed=2)]
     keys = [(2, 5), (2, 0), (2, 9)]
     batch = common.Sample(videos, [1, 0, 1], keys, [[], [], []])
-    both = common.training_view(batch, 32, [False, True], 7, "cpu")
+    both = common.augment(batch, 32, [False, True], 7, "cpu")
     assert both.shape == (3, 4, 3, 32, 32)
     part = common.Sample(*(part[1:] for part in batch))  # whatever stands beside it in the batch
-    assert torch.equal(both[1:], common.training_view(part, 32, [False, True], 7, "cpu"))
-    assert not torch.equal(both, common.training_view(batch, 32, [False, True], 8, "cpu"))
-    assert torch.equal(centre_crop(videos, 32)[0], videos[0][..., 4:36, 12:44] / 255)
-    assert centre_crop(videos, 32).shape == (3, 4, 3, 32, 32)
+    assert torch.equal(both[1:], common.augment(part, 32, [False, True], 7, "cpu"))
+    assert not torch.equal(both, common.augment(batch, 32, [False, True], 8, "cpu"))
+    assert torch.equal(center_crop(videos, 32)[0], videos[0][..., 4:36, 12:44] / 255)
+    assert center_crop(videos, 32).shape == (3, 4, 3, 32, 32)
 
 
 def test_draws_are_the_same_at_any_size():
     # one clip at two sizes: a teacher sees what its student sees
     video = noise(1, 8, 8).repeat_interleave(28, -1).repeat_interleave(28, -2)
     for seed in range(8):
-        large, small = (common.training_view(common.Sample([video], [0], [(0, seed)], [[]]), size,
+        large, small = (common.augment(common.Sample([video], [0], [(0, seed)], [[]]), size,
                                              [True], 0, "cpu") for size in (96, 48))
         assert (torch.nn.functional.avg_pool2d(large[0], 2) - small[0]).abs().mean() < .03
 
 
 def test_mirrors_spares_words_that_tell_left_from_right():
     classes = ["turn left", "clap", "Right hand up", "brightly lit", "leftover", "moving left"]
-    assert common.mirrors(classes) == [False, True, False, True, True, False]
+    assert common.flippable(classes) == [False, True, False, True, True, False]
