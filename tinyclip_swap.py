@@ -1,64 +1,78 @@
-"""Swap ActionCLIP's CLIP for a TinyCLIP: what does it cost, and what does it buy?
+"""ActionCLIP with a TinyCLIP backbone: a smaller, distilled CLIP replaces the original one.
 
 Technique 1 of Frans Huntink's master thesis, "Bridging the gap: Threefold knowledge distillation
-for language-enabled action recognition models operating in real-time scenarios" (Utrecht, 2024), on
-ActionCLIP (Wang, Xing, Liu 2021, arXiv 2109.08472) and TinyCLIP (Wu et al., ICCV 2023).
+for language-enabled action recognition models operating in real-time scenarios" (Utrecht, 2024),
+on ActionCLIP (Wang, Xing, Liu 2021, arXiv 2109.08472) and TinyCLIP (Wu et al., ICCV 2023).
 
-ActionCLIP encodes T frames with CLIP's image tower, nearly all of its cost, fuses them with a small
-transformer and compares the result with the embedding of a sentence, "a video of <action>".
-TinyCLIP is CLIP distilled into a smaller CLIP on images with captions. So put its towers in place
-of the large ones and fine-tune on actions as usual: both are trained, tested and measured alike.
---compare has other arms, on one backbone: ViFi-CLIP (Rasheed et al., CVPR 2023: mean over frames,
-both towers tuned), Text4Vis (Wu et al., AAAI 2023: frozen class texts as the classifier), and CLIP.
+ActionCLIP encodes T frames of a video with CLIP's image tower, which is nearly all of its cost. The
+fusion head, a small transformer over the frames, turns them into one video embedding. The class
+whose sentence, such as "A video of waving", has the most similar text embedding wins. TinyCLIP is a
+smaller CLIP, distilled from a large one on images with captions. Here it replaces both towers, and
+the model is fine-tuned on actions as usual. The original (`large`) and the replacement (`small`)
+are trained, tested and benchmarked alike.
 
-B clips with labels y, video embeddings v and text embeddings t, (B, D); x^ = x / |x|; s is the
-learned scale exp(logit_scale); _s is the small model, _t the large one.
-  (1) kl_pair        L = 1/2 [KL(G || softmax_rows(s v^ t^')) + KL(G || softmax_rows(s t^ v^'))],
-                     G = softmax_rows(10 [y_i = y_k]); KL summed over a row, mean over B
-  (2) class_scores   p(k) = 1/P sum_p softmax_k(100 v^ . t^_pk), for P = 16 sentences per class;
-                     test clips get the class of the largest p, mean over their views
-  (3) affinity_loss  L = 1/2 [CE(A_t, A_s) + CE(A_t', A_s')], A = softmax_rows(scale v^ t^'), A' the
-                     same of t^ v^'; CE = -sum_k A_t log A_s, mean over B; it needs no labels
-  (4) class_cross_entropy  L = -log softmax_k(s v^ . t_k^)[y], mean over B, no label smoothing;
-                     t (K, D): every class under one template, which is P = 1 in eq. (2)
-Schedule: AdamW, lr 5e-6 (toys 4e-4), 10 lr for the fusion head, weight decay .2; linear warm-up in
-the first tenth of the steps, cosine to 0; 50 epochs (toys 6), batch 32. All weights are trained.
+Teacher: none in the plain command, since TinyCLIP's authors have done the distillation. --affinity
+trains a second small model, `small_affinity`; its teacher is the trained large model, frozen.
+Controls: `small` is trained for the same steps without a teacher. --small NAME:random has the same
+size without TinyCLIP's weights. --compare trains other models on the large backbone: ViFi-CLIP
+(Rasheed et al., CVPR 2023: mean over frames) and Text4Vis (Wu et al., AAAI 2023: frozen class
+texts). Its control is zero-shot CLIP, which is not trained and cannot see the order of frames.
 
-  python tinyclip_swap.py                              toy clips, 2 minutes on 2 CPU cores
-  python tinyclip_swap.py --recover affinity           a third arm: small + eq. (3)
-  python tinyclip_swap.py --compare                    ActionCLIP, ViFi-CLIP, Text4Vis, CLIP
-  python tinyclip_swap.py --unseen 4                   four classes held out of training, and tested
+B videos with labels y, K classes, P templates. v, t (B, D): embeddings of videos and texts; v*, t*:
+the teacher's. x^ = x / |x|. s = exp(logit_scale) is learned. A(v, t, s) = softmax of each row of
+s v^ t^', where ' transposes.
+  (1) actionclip_loss      L = 1/2 [KL(G || A(v, t, s)) + KL(G || A(t, v, s))]
+                           G = softmax of each row of 10 [y_i = y_k]; KL: sum over k, mean over B
+  (2) class_probabilities  p(k) = 1/P sum_p softmax_k(100 v^ . t_pk^), P = 16 sentences per class;
+                           the prediction is the class of the largest p, mean over a video's views
+  (3) affinity_loss        L = 1/2 [CE(A(v*, t*, 50), A(v, t, s)) + CE(A(t*, v*, 50), A(t, v, s))]
+                           CE(a, b) = -sum_k a_k log b_k, mean over B; no labels; added to (1)
+  (4) class_cross_entropy  L = -log softmax_k(s v^ . t_k^)[y], mean over B, for ViFi-CLIP and
+                           Text4Vis; t (K, D): all classes under one template
+Schedule: AdamW, lr 5e-6 for CLIP's towers (toy networks 4e-4), 10 times that for the fusion head,
+weight decay .2; linear warm-up in the first tenth of the steps, then cosine to 0; 50 epochs (toy
+data 6), batch 32. All weights are trained, except Text4Vis's text tower.
+
+  python tinyclip_swap.py                       toy videos, 1 minute on 2 CPU cores
+  python tinyclip_swap.py --affinity            also small_affinity, by eqs. (1) and (3)
+  python tinyclip_swap.py --compare             ActionCLIP, ViFi-CLIP, Text4Vis, zero-shot CLIP
+  python tinyclip_swap.py --unseen 4            hold out four classes and test them zero-shot
   python tinyclip_swap.py --data HMDB51 --large ViT-B-32:openai --batch-size 64 \\
       --small TinyCLIP-ViT-40M-32-Text-19M:TinyCLIP-ViT-40M-32-Text-19M-LAION400M.pt
-  python tinyclip_swap.py --data HMDB51 --large ViT-B-32 --eval-only vit-b-32-8f.pt
-  python tinyclip_swap.py --watch my.mp4 --large ViT-B-32:openai --labels "waving, a dog jumping"
+  python tinyclip_swap.py --data HMDB51 --eval-only ViT-B-32:vit-b-32-8f.pt
+  python tinyclip_swap.py --watch my.mp4 --eval-only ViT-B-32:openai --labels "waving, running"
 
 The plain command printed (2 cores of an x86_64 CPU, torch 2.15.0):
-RESULT tinyclip_swap data=toy split=1 seed=0 large=0.9767 small=0.9300 gmac_ratio=0.482 seconds=90
+RESULT tinyclip_swap data=toy split=1 seed=0 large=0.9833 small=0.9267 gmac_ratio=0.4818
+  seconds=152
+large, small: top-1 accuracy on the test videos after the last epoch. gmac_ratio: small's
+multiply-accumulates per video divided by large's. With --unseen, NAME_unseen: top-1 on the held-out
+classes, told apart from each other; NAME_unseen_all: the same, told apart from all classes.
 
-Differs from ActionCLIP's code (sallymmx/ActionCLIP @31c34df): fp32 weights with bf16 autocast;
-frames are random in their segments; jitter is drawn once per clip; no weight decay on norms,
-biases, embeddings and scales; logit_scale is at most ln 100; gradients are clipped at norm 1; the
-last epoch counts, not the best; class names are words (its UCF101 checkpoints: ApplyEyeMakeup).
-TinyCLIP: eq. (3) has weight 1 beside eq. (1); the large model's scale is 50, as there.
-The models of --compare train as ActionCLIP does. ViFi-CLIP's code (@dea0d7e) has label smoothing,
-mixup, lr 8e-6, weight decay .001; Text4Vis's (@238c07f) warms up for 5 of 30 epochs, and averages
-features over views. X-CLIP (attention across frames in the tower) is not included.
+Differs from ActionCLIP's code (sallymmx/ActionCLIP @31c34df): fp32 weights with bf16 autocast, not
+fp16. Training frames are random within their segments. Crops lie anywhere (there: at 13 places, ten
+equally likely pairs of sides). Colour jitter is drawn once per video, in a fixed order (there: per
+frame, in random order). Classes that tell left from right are not flipped. Norms, biases,
+embeddings and scales do not decay. logit_scale is at most ln 100. Gradients are clipped at norm 1.
+All test videos count (there: the last batch is dropped). T = 1 takes the middle frame (there:
+N // 2). The last epoch counts, not the best. Class names are split into words (its UCF101 models:
+ApplyEyeMakeup).
+From TinyCLIP: there, both scales in eq. (3) are 50; here, the small model keeps its learned scale.
+From --compare's models, which train here as ActionCLIP does: ViFi-CLIP's code (@dea0d7e) has label
+smoothing, mixup, CutMix, lr 8e-6 with a floor of lr / 100, weight decay .001. Text4Vis's (@d61b34d)
+has betas (.9, .999), warms up in 5 of 30 epochs, and averages features over views. Dense windows
+have Text4Vis's length (128 frames) and TSM's starts. X-CLIP is left out: its image tower attends
+across frames.
 """
 import argparse
 import collections
-import datetime
-import functools
 import json
 import math
 import os
 import platform
-import queue
 import sys
-import threading
 import time
-import timeit
-import zlib
+from datetime import datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -67,511 +81,646 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
+from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from tqdm import tqdm
 
 import common
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if GPU else torch.device("cpu")
-SCALE_T = 50.  # of the large model in eq. (3)
-if GPU:
-    torch.cuda.set_device(DEVICE)
-MACHINE = torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU"
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets these three
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+USE_CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda", LOCAL_RANK) if USE_CUDA else torch.device("cpu")
+DEVICE_NAME = torch.cuda.get_device_name(DEVICE) if USE_CUDA else f"{platform.machine()} CPU"
+TEACHER_LOGIT_SCALE = 50.  # in eq. (3)
 
 # ---- the method: eqs. (1)-(4) --------------------------------------------------------------------
 
 
-def kl_pair(video, text, labels, scale):
-    """ActionCLIP's loss, eq. (1): all texts of the same class are positives. -> scalar"""
-    v, t = F.normalize(video, dim=-1), F.normalize(text, dim=-1)                # (B, D)
+def actionclip_loss(video, text, labels, scale):
+    """Eq. (1): all texts of the same class are positives. -> scalar"""
+    v = F.normalize(video, dim=-1)                                              # (B, D)
+    t = F.normalize(text, dim=-1)                                               # (B, D)
     logits = scale * v @ t.T                                                    # (B, B)
-    G = (10 * (labels[:, None] == labels).to(logits)).softmax(1)                # (B, B)
-    return (F.kl_div(logits.log_softmax(1), G, reduction="batchmean")           # (1), v to t
-            + F.kl_div(logits.T.log_softmax(1), G, reduction="batchmean")) / 2  # (1), t to v
+    same_class = labels[:, None] == labels                                      # (B, B)
+    G = (10 * same_class.to(logits)).softmax(1)                                 # (B, B)
+    video_to_text = F.kl_div(logits.log_softmax(1), G, reduction="batchmean")   # ()
+    text_to_video = F.kl_div(logits.T.log_softmax(1), G, reduction="batchmean")
+    return (video_to_text + text_to_video) / 2                                  # ()            (1)
 
 
-def class_scores(video, text):
-    """The rule of evaluation, eq. (2). video (B, D), text (16, K, D) -> probabilities (B, K)"""
-    v, t = F.normalize(video, dim=-1), F.normalize(text, dim=-1)
+def class_probabilities(video, text):
+    """Eq. (2), the rule of evaluation. video (B, D), text (P, K, D) -> (B, K)"""
+    v = F.normalize(video, dim=-1)
+    t = F.normalize(text, dim=-1)
     logits = 100 * torch.einsum("bd,pkd->bpk", v, t)                            # (B, P, K)
     return logits.softmax(-1).mean(1)                                           # (B, K)        (2)
 
 
-def similarity(video, text, scale):
-    """Logits of eqs. (3) and (4). video (B, D), text (K, D), for (3) of B clips -> (B, K)"""
+def scaled_cosine(video, text, scale):
+    """The logits of eqs. (3) and (4). video (B, D), text (K, D); in eq. (3), K is B -> (B, K)"""
     return scale * F.normalize(video, dim=-1) @ F.normalize(text, dim=-1).T     # (B, K)
 
 
-def affinity_loss(video_s, text_s, video_t, text_t, scale_s, scale_t):
-    """TinyCLIP's affinity mimicking, eq. (3). video_*, text_* (B, D_*) -> scalar"""
-    logits_s = similarity(video_s, text_s, scale_s)                             # (B, B)
-    logits_t = similarity(video_t, text_t, scale_t)                             # (B, B)
-    return (F.cross_entropy(logits_s, logits_t.softmax(1))                      # (3), v to t
-            + F.cross_entropy(logits_s.T, logits_t.T.softmax(1))) / 2           # (3), t to v
+def affinity_loss(video, text, teacher_video, teacher_text, scale, teacher_scale):
+    """Eq. (3), TinyCLIP's affinity mimicking. Student and teacher have their own D. -> scalar"""
+    logits = scaled_cosine(video, text, scale)                                  # (B, B)
+    target = scaled_cosine(teacher_video, teacher_text, teacher_scale)          # (B, B)
+    video_to_text = F.cross_entropy(logits, target.softmax(1))                  # ()
+    text_to_video = F.cross_entropy(logits.T, target.T.softmax(1))              # ()
+    return (video_to_text + text_to_video) / 2                                  # ()            (3)
 
 
 def class_cross_entropy(video, text, labels, scale):
-    """ViFi-CLIP's and Text4Vis's loss, eq. (4). video (B, D), text (K, D), labels (B,) -> scalar"""
-    return F.cross_entropy(similarity(video, text, scale), labels)              # ()            (4)
+    """Eq. (4). video (B, D), text (K, D), labels (B,) -> scalar"""
+    return F.cross_entropy(scaled_cosine(video, text, scale), labels)           # ()            (4)
 
 
-# ---- the rest is plumbing: arms, training --------------------------------------------------------
+# ---- the rest is plumbing: models and training ---------------------------------------------------
 
 
 class Recipe(NamedTuple):
-    head: str = "fusion"  # or mean, over frames
-    text: str = "tuned"  # or frozen, the tower
-    loss: str = "kl_pair"  # or class_cross_entropy, or none: untrained
-    templates: tuple = common.PROMPTS
+    """How a variant is built and trained"""
+    head: type = common.FusionHead  # over the frames
+    text_tower: str = "trained"  # or "frozen"
+    loss: str | None = "actionclip_loss"  # or "class_cross_entropy"; None: not trained
+    templates: tuple = common.TEMPLATES
 
 
-ARMS = {
-    "large": Recipe(), "small": Recipe(), "small+affinity": Recipe(), "actionclip": Recipe(),
-    "vifi-clip": Recipe("mean", "tuned", "class_cross_entropy", ("a photo of a {}.",)),
-    "text4vis": Recipe("fusion", "frozen", "class_cross_entropy", ("a video of a person {}.",)),
-    "zero-shot": Recipe("mean", "frozen", "none"),
-    "checkpoint": Recipe(loss="none")}  # its file knows the rest
+VARIANTS = {
+    "large": Recipe(),
+    "small": Recipe(),
+    "small_affinity": Recipe(),
+    "actionclip": Recipe(),
+    "vifi_clip": Recipe(common.MeanHead, "trained", "class_cross_entropy", ("a photo of a {}.",)),
+    "text4vis": Recipe(common.FusionHead, "frozen", "class_cross_entropy",
+                       ("a video of a person {}.",)),
+    "zero_shot": Recipe(common.MeanHead, "frozen", None),
+    "eval_only": Recipe(common.MeanHead, "frozen", None)}
 
 
-def build_arm(arm, args):
-    """-> the network of an arm, the same whatever other arms there are"""
+def build_model(variant, args):
+    """Build the network of a variant. Its initial weights do not depend on the other variants."""
     torch.manual_seed(args.seed)
-    spec, file = args.small if "small" in arm else args.large, args.checkpoint
-    fusion = common.read_weights(file).get("fusion") if file else ARMS[arm].head == "fusion"
-    model = common.build_action_clip(spec, 6 if fusion else 0, Path(args.out) / "cache",
-                                     checkpoint=file).to(DEVICE)
-    if not file:
-        model.templates = ARMS[arm].templates
-    if args.compile:
-        torch.compiler.config.recompile_limit = 64  # arms x batch sizes x training, testing
-        model.encode_video = torch.compile(model.encode_video)
-    return model
+    recipe = VARIANTS[variant]
+    spec = args.small if variant.startswith("small") else args.large
+    if variant == "eval_only":
+        spec = args.eval_only or args.large
+    file = spec if Path(spec).is_file() else spec.partition(":")[2]
+    saved = common.read_weights(file) if Path(file).is_file() else {}
+    head = saved.get("fusion")  # ActionCLIP's checkpoints have one, also those of this script
+    if head and {"token", "linear.weight"} & head.keys():
+        raise common.BadInput(f"{file} has two heads: use deit_video.py --eval-only {file}")
+    if file == spec and "backbone" not in saved:
+        raise common.BadInput(f"{file} does not name its backbone: write NAME:{file}")
+    cache = Path(args.out, "cache")
+    if variant != "eval_only" or head is None:
+        model = common.build_actionclip(spec, recipe.head, cache)
+        model.templates = recipe.templates
+        return model.to(DEVICE)
+    fusion_head = common.FusionHead if head else common.MeanHead
+    model = common.build_actionclip(spec, fusion_head, cache, checkpoint=file)
+    if model.frames is None:
+        print(f"{file} does not say its number of frames; --frames {args.frames} is assumed")
+    return model.to(DEVICE)
 
 
-autocast = functools.partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=GPU)
+def train(variant, model, teacher, data, args, folder):
+    """Train a variant by eq. (1) or (4), and with a teacher by eq. (3) too. Each epoch leaves a
+    checkpoint. -> history, the metrics of each epoch"""
+    recipe = VARIANTS[variant]
+    dataset = common.VideoDataset(data.train, args.frames, model.resize_to, args.sampling,
+                                  args.views, train=True, seed=args.seed)
+    loader = common.VideoLoader(dataset, args.batch_size, args.workers,
+                                undecodable=data.undecodable)
+    can_flip = [flip and not args.no_flip for flip in common.flippable(data.classes)]
+    prompts = model.tokenize_classes(data.classes)                              # (P, K, length)
 
-
-def gather(x):
-    """(B/W, ...) in each of W processes -> (B, ...) in all: the loss sees the global batch."""
-    if WORLD == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(WORLD)]
-    dist.all_gather(parts, x.detach().contiguous())
-    # gradients reach this process's own part, W times, since DDP divides by W
-    parts[RANK] = x + (WORLD - 1) * (x - x.detach())
-    return torch.cat(parts)
-
-
-def make_optimizer(model, lr, steps):
-    """AdamW as in ActionCLIP: CLIP's towers at lr, newly initialised layers at 10 lr; linear
-    warm-up, then cosine to 0. No decay on norms, biases, embeddings and scales."""
-    found, warm = {}, max(1, steps // 10)
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            decay = .2 if weight.ndim > 1 and "embedding" not in name else 0.
-            found.setdefault((lr if "clip." in name else 10 * lr, decay), []).append(weight)
-    groups = [{"params": own, "lr": rate, "weight_decay": wd} for (rate, wd), own in found.items()]
-    optimizer = torch.optim.AdamW(groups, betas=(.9, .98), fused=True)
-    parts = [LinearLR(optimizer, 1 / warm, total_iters=warm),
-             CosineAnnealingLR(optimizer, max(1, steps - warm))]
-    return optimizer, SequentialLR(optimizer, parts, [warm])
-
-
-def run_folder(script, data, args):
-    """OUT/SCRIPT/DATA-sSPLIT-seedSEED-DIGEST: a run belongs to its clips and flags."""
-    other = "copies", "data", "out", "resume", "workers"
-    flags = {key: value for key, value in vars(args).items() if key not in other}
-    digest = zlib.crc32(f"{data.digest()} {flags}".encode())
-    run = Path(args.out) / script / f"{data.name}-s{args.split}-seed{args.seed}-{digest:08x}"
-    if vars(args).get("resume") and not run.exists():
-        print(f"--resume: no run with these clips and flags; {run} is new", file=sys.stderr)
-    run.mkdir(parents=True, exist_ok=True)
-    return run
-
-
-def keep(row, rows, epochs, path, about, parts):
-    """Log the row of an epoch; write the state of `parts`, {name: module or optimizer}, to `path`,
-    from which --resume goes on: a kill leaves the old checkpoint or the new one."""
-    rows.append(row)
-    if len(rows) == epochs:  # finished: no optimizer
-        parts = {name: part for name, part in parts.items() if hasattr(part, "parameters")}
-    if RANK == 0:
-        shown = [(k, x) for k, x in row.items() if not isinstance(x, dict)]
-        cells = [f"{k} {x:.4f}" if isinstance(x, float) else f"{k} {x}" for k, x in shown]
-        print("  ".join(cells), flush=True)
-        state = {name: part.state_dict() for name, part in parts.items()}
-        common.save({**about, **state, "rows": rows}, path)
-
-
-def resume(path, parts):
-    """Load what a killed run has left -> its rows. Raises BadInput."""
-    saved = common.read_saved(path, "rows")
-    for name, part in parts.items():
-        if hasattr(part, "parameters") or name in saved:  # finished: no optimizer
-            common.load_strictly(part, saved.get(name), path, name)
-    return saved["rows"]
-
-
-def train(arm, model, large, data, args, run, log):
-    """Train one arm by its loss, and by eq. (3) where `large` is given. After each epoch, add a row
-    to `log` and write RUN/ARM-last.pt, from which --resume goes on."""
-    recipe, texts = ARMS[arm], None
-    if recipe.text == "frozen":
-        texts = model.embed_classes(data.classes)[0]                            # (K, D), once
-        for name, weight in model.clip.named_parameters():
+    # Text4Vis: the text tower is frozen, so the classes are encoded only once
+    frozen_text = None
+    if recipe.text_tower == "frozen":
+        frozen_text = model.encode_classes(data.classes)[0]                     # (K, D)
+        for name, weight in model.clip_model.named_parameters():
             weight.requires_grad_(name.startswith("visual.") or name == "logit_scale")
-    clips = common.Clips(data.train, args.frames, model.side, args.sampling, args.views, True,
-                         args.seed)
-    loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
+
+    # the teacher is frozen
+    if teacher:
+        teacher.eval().requires_grad_(False)
+        teacher_prompts = teacher.tokenize_classes(data.classes)                # (P, K, length)
+
+    # a new run starts at epoch 0, a resumed one after its last checkpoint
     optimizer, schedule = make_optimizer(model, args.lr, args.epochs * len(loader))
-    parts = {"model_state_dict": model.clip, "fusion_model_state_dict": model.fusion,
-             "optimizer": optimizer, "schedule": schedule}
-    path = run / f"{arm}-last.pt"
-    rows = resume(path, parts) if args.resume and path.exists() else []
-    wrapped = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    prompts = model.prompts(data.classes)                                       # (P, K, L)
-    prompts_t = large.prompts(data.classes) if large else None                  # (16, K, L_t)
-    mirror = common.mirrors(data.classes)
-    for epoch, batches in loader.epochs(len(rows), args.epochs):
-        began, terms = time.time(), []
+    modules = {"model_state_dict": model.clip_model, "fusion_model_state_dict": model.fusion,
+               "optimizer": optimizer, "schedule": schedule}
+    path = folder / f"{variant}-last.pt"
+    metadata = model.metadata(args.frames, data)
+    history = resume_training(path, metadata, modules)
+    ddp_model = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
+
+    for epoch, batches in loader.epochs(len(history), args.epochs):
+        start_time = time.time()
+        losses = []
         model.train()
-        bar = tqdm(batches, f"{arm} {epoch + 1}/{args.epochs}", len(loader), False, disable=None)
-        for batch in bar:
-            view = common.training_view(batch, model.size, mirror, args.seed, DEVICE)
-            draws = [np.random.default_rng([args.seed, *key, 1]).integers(16) for key in batch.key]
-            draws = torch.tensor(draws).to(DEVICE, non_blocking=True)           # (B/W,)
-            own = torch.tensor(batch.label).to(DEVICE, non_blocking=True)       # (B/W,)
-            labels = gather(own)                                                # (B,)
-            tokens = prompts[draws, own] if recipe.loss == "kl_pair" else prompts[0]
-            with autocast():
-                v, t, scale = wrapped(view, tokens if texts is None else None)
-            v, t = gather(v.float()), texts if t is None else t.float()         # (B, D), (K, D)
-            if recipe.loss == "kl_pair":
-                t = gather(t)                                                   # (B, D)
-                loss = kl_pair(v, t, labels, scale)
+        for batch in tqdm(batches, f"{variant} {epoch + 1}", len(loader), leave=False,
+                          disable=None):
+            # augment: one crop, flip and colour change for all frames of a video
+            video = common.augment(batch, model.crop_size, can_flip, args.seed, DEVICE)
+            local_labels = torch.tensor(batch.label).to(DEVICE, non_blocking=True)  # (B/W,)
+
+            # say each video's class in one of ActionCLIP's 16 sentences, drawn at random
+            if recipe.loss == "actionclip_loss":
+                rngs = [np.random.default_rng([args.seed, *key, 1]) for key in batch.rng_key]
+                template_ids = torch.tensor([rng.integers(16) for rng in rngs])
+                template_ids = template_ids.to(DEVICE, non_blocking=True)       # (B/W,)
+                tokens = prompts[template_ids, local_labels]                    # (B/W, length)
+            # or say all classes in one sentence each
             else:
-                loss = class_cross_entropy(v, t, labels, scale)
-            affinity = torch.zeros((), device=DEVICE)
-            if large:
-                if large.size != model.size:
-                    view = common.training_view(batch, large.size, mirror, args.seed, DEVICE)
-                with torch.no_grad(), autocast():  # frozen
-                    v_t, t_t, _ = large.eval()(view, prompts_t[draws, own])
-                v_t, t_t = gather(v_t.float()), gather(t_t.float())             # (B, D_t)
-                affinity = affinity_loss(v, t, v_t, t_t, scale, SCALE_T)
-            (loss + affinity).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+                tokens = prompts[0] if frozen_text is None else None            # (K, length)
+
+            # encode the videos and the texts
+            with autocast():
+                v, t, scale = ddp_model(video, tokens)
+            v = gather(v.float())                                               # (B, D)
+            labels = gather(local_labels)                                       # (B,)
+
+            # compare the videos of the batch, on all GPUs, with its sentences or with all classes
+            if recipe.loss == "actionclip_loss":
+                t = gather(t.float())                                           # (B, D)
+                terms = [actionclip_loss(v, t, labels, scale)]                  # ()            (1)
+            else:
+                t = frozen_text if t is None else t.float()                     # (K, D)
+                terms = [class_cross_entropy(v, t, labels, scale)]              # ()            (4)
+
+            # the teacher sees the same frames at its own resolution, and the same sentences
+            if teacher:
+                if teacher.crop_size != model.crop_size:
+                    video = common.augment(batch, teacher.crop_size, can_flip, args.seed, DEVICE)
+                tokens = teacher_prompts[template_ids, local_labels]            # (B/W, length)
+                with torch.no_grad(), autocast():
+                    teacher_v, teacher_t, _ = teacher(video, tokens)
+                teacher_v = gather(teacher_v.float())                           # (B, D)
+                teacher_t = gather(teacher_t.float())                           # (B, D)
+                terms.append(affinity_loss(v, t, teacher_v, teacher_t, scale,
+                                           TEACHER_LOGIT_SCALE))                # ()            (3)
+
+            # update all weights; the learned scale is bounded, as in CLIP
+            sum(terms).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            model.clip.logit_scale.data.clamp_(max=math.log(100))
-            terms.append(torch.stack([loss, affinity]).detach())
-        row = {"arm": arm, "epoch": epoch + 1}
-        row.update(zip((recipe.loss, "affinity"), loader.mean(terms, epoch), strict=True))
-        row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
-        keep(row, rows, args.epochs, path, model.about(args.frames), parts)
-    log += rows
+            model.clip_model.logit_scale.data.clamp_(max=math.log(100))
+            losses.append(torch.stack(terms).detach())
+
+        # print one line per epoch, and save a checkpoint from which --resume continues
+        metrics = {"variant": variant, "epoch": epoch + 1}
+        names = [recipe.loss, "affinity_loss"] if teacher else [recipe.loss]
+        metrics.update(zip(names, epoch_means(losses, epoch), strict=True))
+        videos = len(loader) * loader.batch_sampler.batch_size
+        metrics["videos_per_s"] = round(videos / (time.time() - start_time))
+        log_and_checkpoint(metrics, history, args.epochs, path, metadata, modules)
+    return history
 
 
-# ---- testing and measuring -----------------------------------------------------------------------
+# ---- evaluation and benchmark --------------------------------------------------------------------
 
 
 @torch.no_grad()
 def classify(model, videos, text, views=1):
-    """videos: a list of V*T uint8 frames each; text (16, K, D) -> probabilities (B, K), the mean
-    over V views"""
-    pixels = common.centre_crop(videos, model.size, DEVICE)
+    """videos: list of uint8 (V*T, 3, H, W); text (P, K, D) -> probabilities (B, K), the mean over
+    the views of a video"""
+    video = common.center_crop(videos, model.crop_size, DEVICE)                 # (B, V*T, 3, H, W)
+    video = video.unflatten(1, (views, -1)).flatten(0, 1)                       # (B*V, T, 3, H, W)
     with autocast():
-        v = model.encode_video(pixels.unflatten(1, (views, -1)).flatten(0, 1)).float()  # (B*V, D)
-    return class_scores(v, text).unflatten(0, (-1, views)).mean(1)
+        v = model.encode_video(video).float()                                   # (B*V, D)
+    return class_probabilities(v, text).unflatten(0, (-1, views)).mean(1)       # (B, K)
 
 
 def evaluate(model, data, args):
-    """Test on every clip. -> top-1, top-5"""
-    text = model.embed_classes(data.classes)                                    # (P, K, D)
-    hits = torch.zeros(2, device=DEVICE)  # first, among the first five
-    clips = common.Clips(data.test, args.frames, model.side, args.sampling, args.views)
-    loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
+    """-> top-1 and top-5 accuracy on all test videos; undecodable ones count as wrong"""
+    text = model.encode_classes(data.classes)                                   # (P, K, D)
+    dataset = common.VideoDataset(data.test, args.frames, model.resize_to, args.sampling,
+                                  args.views)
+    loader = common.VideoLoader(dataset, args.batch_size, args.workers,
+                                undecodable=data.undecodable)
+    correct = torch.zeros(2, device=DEVICE)  # number of videos: in the top 1, in the top 5
     for batch in tqdm(loader, "test", leave=False, disable=None):
-        top = classify(model, batch.video, text, args.views).topk(min(5, len(data.classes))).indices
-        right = top == torch.tensor(batch.label, device=DEVICE)[:, None]        # (B, 5)
-        hits += torch.stack([right[:, 0].sum(), right.sum()])
-    if WORLD > 1:
-        dist.all_reduce(hits)
-    return (hits / len(clips)).tolist()
+        p = classify(model, batch.video, text, args.views)                      # (B/W, K)
+        top5 = p.topk(min(5, len(data.classes))).indices                        # (B/W, 5)
+        hits = top5 == torch.tensor(batch.label, device=DEVICE)[:, None]        # (B/W, 5)
+        correct += torch.stack([hits[:, 0].sum(), hits.sum()])
+    if WORLD_SIZE > 1:
+        dist.all_reduce(correct)
+    return (correct / len(dataset)).tolist()
 
 
-def milliseconds(function):
-    """Median time of a call whose result comes to the CPU, so that a GPU has finished"""
-    return 1e3 * float(np.median(timeit.repeat(function, repeat=23, number=1)[3:]))  # 3: warm-up
+def median_ms(function):
+    """Median milliseconds of 20 calls after 3 for warm-up; of fewer calls if they take over 10 s"""
+    times = []
+    for _ in tqdm(range(23), "benchmark", leave=False, disable=None):
+        start_time = time.perf_counter()
+        function().cpu()  # waits for the GPU
+        times.append(1e3 * (time.perf_counter() - start_time))
+        if len(times) > 3 and sum(times) > 10_000:
+            break
+    return float(np.median(times[3:]))
 
 
-def measure(model, data, args):
-    """What a clip costs, its texts cached: millions of parameters, GMAC, ms without and with
-    decoding; clips/s of a batch"""
-    clips = common.Clips(data.test, args.frames, model.side, args.sampling, args.views)
-    text, T = model.embed_classes(data.classes), args.frames * args.views
-    many = torch.randint(256, (32 if GPU else 4, T, 3, model.size, model.size)).byte()
-    ms = milliseconds(lambda: classify(model, many[:1], text, args.views).cpu())
-    read = milliseconds(lambda: classify(model, [clips[0, 0].video], text, args.views).cpu())
-    batch = milliseconds(lambda: classify(model, many, text, args.views).cpu())
-    return {"M": model.millions(), "GMAC": model.gmac(args.frames) * args.views, "ms": ms,
-            "+decode": read, "clips/s": 1e3 * len(many) / batch}
+def benchmark(model, data, args):
+    """Size and speed of a model whose class texts are encoded in advance. -> table columns"""
+    dataset = common.VideoDataset(data.test, args.frames, model.resize_to, args.sampling,
+                                  args.views)
+    text = model.encode_classes(data.classes)                                   # (P, K, D)
+    shape = args.frames * args.views, 3, model.crop_size, model.crop_size
+    videos = torch.randint(256, (32 if USE_CUDA else 4, *shape), dtype=torch.uint8)
+    batch_ms = median_ms(lambda: classify(model, videos, text, args.views))
+    return {
+        "params M": model.num_params_m(),
+        "GMAC/video": model.gmacs(args.frames) * args.views,
+        "ms/video": median_ms(lambda: classify(model, videos[:1], text, args.views)),
+        "ms with decoding": median_ms(
+            lambda: classify(model, [dataset[0, 0].video], text, args.views)),
+        "videos/s": 1e3 * len(videos) / batch_ms}
 
 
-def table(rows):
-    """Dicts with the same keys -> aligned text"""
+# ---- main ----------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    """Train, test and benchmark the variants. -> {variant: results}"""
+    start_time = time.time()
+    args = parse(argv)
+    if args.large.startswith("toy-"):
+        torch.set_num_threads(1)  # small networks run faster on one thread
+    if args.watch is not None:
+        return watch(build_model("eval_only", args), args)
+    join_processes()
+
+    # data: with --unseen, there are test sets of the held-out classes, too
+    cache = Path(args.out, "cache")
+    toys = "toy-diagonals" if args.unseen else "toy"
+    data = common.load_dataset(args.data, args.split, args.allow_missing, cache, toys)
+    test_sets = common.hold_out_classes(data, args.unseen, args.seed)
+    data = common.subsample_shots(test_sets[""], args.shots, args.seed)
+    data = common.corrupt_labels(data, args.label_noise, args.seed)
+    test_sets[""] = data
+
+    # models
+    variants = ["large", "small"]
+    if args.affinity:
+        variants.append("small_affinity")
+    if args.compare:
+        variants = ["actionclip", "vifi_clip", "text4vis", "zero_shot"]
+    if args.eval_only:
+        variants = ["eval_only"]
+    models = {variant: build_model(variant, args) for variant in variants}
+    if args.eval_only:
+        model = models["eval_only"]
+        if model.frames is None and isinstance(model.fusion, common.FusionHead):
+            # ActionCLIP's own checkpoints were trained on class names as their lists spell them
+            data.classes = data.released_class_names or data.classes
+        args.frames = model.frames or args.frames
+        seen = torch.isin(common.video_ids(data.test), model.trained_on).sum().item()
+        if seen:
+            print(f"NOTE {args.eval_only} was trained on {seen} of {len(data.test)} test videos")
+
+    # the header of the run
+    can_flip = [flip and not args.no_flip for flip in common.flippable(data.classes)]
+    never = [name for name, flip in zip(data.classes, can_flip, strict=True) if not flip]
+    flips = f"never flipped: {', '.join(never) or 'none'}" if any(can_flip) else "flipped: no class"
+    folder = make_run_folder("tinyclip_swap", args)
+    if RANK == 0:
+        print(f"run: {folder}\n{data}\n{flips}; {args.frames} frames per video; {WORLD_SIZE} "
+              f"process(es), {DEVICE_NAME}", flush=True)
+        save_results(folder, data, args, {}, [], start_time)  # --resume reads the flags
+
+    # train and test one model after another
+    results = {}
+    scores = {}
+    history = []
+    for variant, model in models.items():
+        recipe = VARIANTS[variant]
+        results[variant] = {"variant": variant, "backbone": model.name}
+        if args.compare:
+            head = "mean" if recipe.head is common.MeanHead else "fusion"
+            results[variant] |= {"head": head, "text tower": recipe.text_tower,
+                                 "loss": recipe.loss}
+        if recipe.loss:
+            teacher = models["large"] if variant == "small_affinity" else None
+            history += train(variant, model, teacher, data, args, folder)
+        for suffix, test_set in test_sets.items():
+            top1, top5 = evaluate(model, test_set, args)
+            results[variant] |= {f"top1{suffix}": top1, f"top5{suffix}": top5}
+            scores[variant + suffix] = top1
+
+    # benchmark when the other processes have ended
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+    if RANK == 0:
+        for variant, model in models.items():
+            results[variant] |= benchmark(model, data, args)
+        if "small" in results:
+            gmacs = [results[variant]["GMAC/video"] for variant in ("small", "large")]
+            scores["gmac_ratio"] = gmacs[0] / gmacs[1]
+        save_results(folder, data, args, {**results, "scores": scores}, history, start_time)
+        report(results, scores, test_sets, args, start_time)
+    return results
+
+
+def report(results, scores, test_sets, args, start_time):
+    """Print the table, the meaning of its columns, and RESULT."""
+    print(format_table(list(results.values()), [f"top1{suffix}" for suffix in test_sets]))
+    print("*: best top-1. params M: millions of parameters, without token embeddings. GMAC/video,\n"
+          "ms/video: from frames in memory, with class texts encoded before. videos/s: in batches.")
+    for suffix, test_set in test_sets.items():
+        print(f"top1{suffix}: {len(test_set.test)} test videos, chance "
+              f"{1 / len(test_set.classes):.3f}")
+    if args.unseen:
+        for variant, row in results.items():
+            seen = row["top1"]
+            unseen = row["top1_unseen"]
+            mean = 2 * seen * unseen / max(seen + unseen, 1e-9)
+            print(f"{variant}: harmonic mean of top1 and top1_unseen {mean:.4f}")
+    data = test_sets[""]
+    for warning in data.warnings():
+        print(f"NOTE {warning}")
+    numbers = " ".join([f"{name}={x:.4f}" for name, x in scores.items()])
+    print(f"RESULT tinyclip_swap data={data.name} split={args.split} seed={args.seed} {numbers} "
+          f"seconds={time.time() - start_time:.0f}")
+
+
+# ---- flags ---------------------------------------------------------------------------------------
+
+
+def split_labels(text):
+    """"waving, running" -> ["waving", "running"], without repetitions"""
+    labels = [label.strip() for label in text.split(",")]
+    return [label for label in dict.fromkeys(labels) if label]
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="toy", help="toy (default), or a folder in a format of the README")
+    add("--split", type=int, default=1, choices=(1, 2, 3), help="train/test split (default: 1)")
+    add("--allow-missing", action="store_true", help="ignore listed videos that do not exist")
+    add("--unseen", type=int, default=0, help="classes to hold out and test zero-shot (default: 0)")
+    add("--shots", type=int, default=0, help="training videos per class (default: all)")
+    add("--label-noise", type=float, default=0., help="share of wrong training labels (default: 0)")
+    add("--no-flip", action="store_true", help="never mirror videos in training")
+    add("--frames", type=int, default=8, help="frames per video (default: 8)")
+    add("--sampling", choices=("tsn", "dense"), default="tsn",
+        help="one frame from each of T segments, or T frames of a window (default: tsn)")
+    add("--views", type=int, default=1, help="windows per test video, if dense (default: 1)")
+
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--large", metavar="NAME[:WEIGHTS]", default="toy-large",
+        help="original backbone (default: toy-large)")
+    add("--small", metavar="NAME[:WEIGHTS]", default="toy-small",
+        help="backbone that replaces it (default: toy-small)")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--affinity", action="store_true", help="also train small_affinity, by eqs. (1) and (3)")
+    add("--compare", action="store_true", help="compare four models on the large backbone")
+    add("--eval-only", metavar="MODEL", help="train nothing: test, or --watch with, a checkpoint "
+        "(FILE; of ActionCLIP's code NAME:FILE) or the zero-shot CLIP NAME[:WEIGHTS]")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=int, help="number of epochs (default: 50, toy data 6)")
+    add("--batch-size", type=int, default=32, help="videos per batch, on all GPUs (default: 32)")
+    add("--lr", type=float, help="learning rate of the towers (default: 5e-6, toy networks 4e-4)")
+    add("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
+    add("--workers", type=int, default=max(1, min(16, os.cpu_count() - 1)),
+        help="number of data loading processes (default: CPU cores - 1, at most 16)")
+    add("--resume", metavar="RUN", help="continue the interrupted run in this folder")
+
+    add = parser.add_argument_group("live").add_argument
+    add("--watch", metavar="SOURCE", help="label a live video: a file, an address, - (standard "
+        "input), or a camera (/dev/video0, avfoundation:0, dshow:video=NAME)")
+    add("--labels", type=split_labels, default=[],
+        help='any words for --watch to choose from, such as "waving, running"')
+    add("--fps", type=float, default=4., help="frames per second for --watch (default: 4)")
+    add("--no-drop", action="store_true", help="label every sampled frame, however late")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--out", metavar="FOLDER", default="runs", help="folder of runs and cache (default: runs)")
+
+    args = parse_flags(parser, argv, {
+        "epochs": (1, 10**6), "frames": (1, 77), "views": (1, 1000), "shots": (0, 10**9),
+        "batch_size": (2, 10**6),  # eq. (1) compares the videos of a batch
+        "label_noise": (0, 1), "lr": (1e-12, 10), "fps": (.01, 1000), "seed": (0, 2**63 - 1)})
+    if args.epochs is None:
+        args.epochs = 6 if args.data == "toy" else 50
+    if args.lr is None:
+        args.lr = 4e-4 if args.large.startswith("toy-") else 5e-6
+    if args.watch is not None and len(args.labels) < 2:
+        parser.error('--watch needs at least two labels: --labels "waving, running"')
+    return args
+
+
+# ---- the same in every script --------------------------------------------------------------------
+
+
+def parse_flags(parser, argv, limits):
+    """Parse argv, and refuse numbers outside limits, {name: (low, high)}. --resume RUN takes all
+    other flags from the run. -> args"""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    if args.resume:
+        flags = {flag.partition("=")[0] for flag in argv if flag.startswith("--")}
+        others = sorted(flags - {"--resume", "--workers"})
+        if others:
+            parser.error(f"--resume RUN takes its flags from the run; leave out {' '.join(others)}")
+        flags = json.loads(Path(args.resume, "results.json").read_text())["flags"]
+        args = argparse.Namespace(**{**flags, "resume": args.resume, "workers": args.workers})
+    for name, (low, high) in limits.items():
+        if vars(args)[name] is not None and not low <= vars(args)[name] <= high:
+            parser.error(f"--{name.rstrip('_').replace('_', '-')} must be {low} to {high}")
+    return args
+
+
+def autocast():
+    """bf16 on a GPU, fp32 on a CPU"""
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=USE_CUDA)
+
+
+def gather(x):
+    """(B/W, ...) in each of W processes -> (B, ...): in-batch losses see the batch of all GPUs."""
+    if WORLD_SIZE == 1:
+        return x
+    shards = [torch.empty_like(x) for _ in range(WORLD_SIZE)]
+    dist.all_gather(shards, x.detach().contiguous())
+    # only the local shard carries gradients; times W, because DDP averages them over processes
+    shards[RANK] = x + (WORLD_SIZE - 1) * (x - x.detach())
+    return torch.cat(shards)
+
+
+def make_optimizer(model, lr, steps):
+    """AdamW as in ActionCLIP: CLIP's towers learn at lr, new layers at 10 lr. Norms, biases,
+    embeddings and scales do not decay. Linear warm-up in the first tenth, then cosine to 0."""
+    groups = {}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            rate = lr if "clip_model." in name else 10 * lr
+            decay = .2 if weight.ndim > 1 and "embedding" not in name else 0.
+            group = {"params": [], "lr": rate, "weight_decay": decay}
+            groups.setdefault((rate, decay), group)["params"].append(weight)
+    optimizer = torch.optim.AdamW(list(groups.values()), betas=(.9, .98), fused=True)
+    return optimizer, warmup_and_cosine(optimizer, steps)
+
+
+def warmup_and_cosine(optimizer, steps):
+    warmup = max(1, steps // 10)
+    phases = [LinearLR(optimizer, 1 / warmup, total_iters=warmup),
+              CosineAnnealingLR(optimizer, max(1, steps - warmup))]
+    return SequentialLR(optimizer, phases, [warmup])
+
+
+def join_processes():
+    """Join the group of processes that torchrun has started."""
+    if WORLD_SIZE > 1:
+        if USE_CUDA:
+            torch.cuda.set_device(DEVICE)
+        # the others wait while process 0 makes cached files, which may take hours
+        dist.init_process_group("nccl" if USE_CUDA else "gloo", timeout=timedelta(hours=12))
+
+
+def make_run_folder(script, args):
+    """Create OUT/SCRIPT/DATA-sSPLIT-seedSEED-TIME, or take the folder of --resume -> its path"""
+    if args.resume:
+        return Path(args.resume)
+    name = f"{Path(args.data).resolve().name}-s{args.split}-seed{args.seed}"
+    folder = Path(args.out, script, f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}")
+    if RANK == 0:  # only this process writes
+        folder.mkdir(parents=True)
+    return folder
+
+
+def save_results(folder, data, args, results, history, start_time):
+    """Write results.json: flags, results, the metrics of each epoch, versions and machine."""
+    record = {"flags": vars(args), "results": results, "epochs": history, "machine": DEVICE_NAME,
+              "seconds": time.time() - start_time, "warnings": data.warnings(),
+              "undecodable": data.undecodable,
+              "versions": {name: version(name) for name in ("torch", "open_clip_torch", "av")}}
+    with common.atomic_write(folder / "results.json") as path:
+        path.write_text(json.dumps(record, indent=1))
+
+
+def log_and_checkpoint(metrics, history, epochs, path, metadata, modules):
+    """Print the metrics of an epoch and save a checkpoint from which --resume continues; the last
+    one holds no optimizer. modules: {name: module, optimizer or schedule}"""
+    history.append(metrics)
+    if len(history) == epochs:
+        modules = {name: x for name, x in modules.items() if isinstance(x, nn.Module)}
+    if RANK == 0:
+        cells = [f"{name} {x:7.4f}" if isinstance(x, float) else f"{name} {x}"
+                 for name, x in metrics.items()]
+        print("  ".join(cells), flush=True)
+        state = {name: module.state_dict() for name, module in modules.items()}
+        common.save_checkpoint({**metadata, **state, "history": history}, path)
+
+
+def resume_training(path, metadata, modules):
+    """Load the checkpoint of an interrupted run, if there is one -> its history, a list of dicts"""
+    if not path.exists():
+        return []
+    saved = common.read_checkpoint(path, "history", "digest")
+    if saved["digest"] != metadata["digest"]:
+        raise common.BadInput(f"{path}: the videos have changed since this run started")
+    for name, module in modules.items():
+        if isinstance(module, nn.Module) or name in saved:  # a finished run has no optimizer
+            common.load_state_dict(module, saved.get(name), path, name)
+    return saved["history"]
+
+
+def epoch_means(losses, epoch):
+    """Losses (n,) of each batch of an epoch -> their means, a list. Raises BadInput for nan."""
+    losses = torch.stack(losses)                                                # (steps, n)
+    finite = losses.isfinite().all(1).tolist()
+    if not all(finite):
+        raise common.BadInput(f"epoch {epoch + 1}, batch {finite.index(False) + 1}: the loss is "
+                              f"not finite; try a lower --lr")
+    return losses.mean(0).tolist()
+
+
+def format_table(rows, compare=()):
+    """Dicts with the same keys -> aligned text. None becomes "-"; the highest value of each column
+    in `compare` gets a star."""
+    best = {name: max(row[name] for row in rows if row[name] is not None) for name in compare}
     lines = [list(rows[0])]
     for row in rows:
-        lines.append([f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()])
+        cells = []
+        for name, x in row.items():
+            cell = "-" if x is None else str(x)
+            if isinstance(x, float):
+                cell = f"{x:.4f}" if 0 <= x <= 1 else f"{x:.4g}"
+            if name in best:
+                cell += "*" if x == best[name] else " "
+            cells.append(cell)
+        lines.append(cells)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
 
-def write_record(path, args, data, results, log, began):
-    """run.json: flags, versions, machine and numbers; metrics.jsonl: a row per epoch"""
-    versions = {name: version(name) for name in ("torch", "open_clip_torch", "av", "numpy")}
-    record = {"flags": vars(args), "versions": versions, "machine": MACHINE, "bad": data.bad,
-              "notes": data.notes(), "results": results, "seconds": time.time() - began}
-    with common.renamed(path) as part:
-        part.write_text(json.dumps(record, indent=1))
-    with common.renamed(path.with_name("metrics.jsonl")) as part:
-        part.write_text("\n".join(map(json.dumps, log)))
-
-
-# ---- live: --watch. If you only care about the swap, skip to parse() -----------------------------
-
-STALL = 10  # seconds without a frame that end the stream
-
-
-@torch.no_grad()
-def stream_step(model, ring, frame, text):
-    """A new frame, uint8 (3, H, W), costs one image pass and one fusion, since `ring`, a deque,
-    keeps the embeddings of the last T, oldest first; until there are T, the first is repeated.
-    text (16, K, D) -> probabilities (K,)"""
-    pixels = common.centre_crop([frame[None]], model.size, DEVICE)              # (1, 1, 3, S, S)
-    with autocast():
-        f = model.encode_frames(pixels)[:, 0]                                   # (1, D)
-        ring.append(f)
-        while len(ring) < ring.maxlen:
-            ring.append(f)
-        v = model.fusion(torch.stack(tuple(ring), 1)).float()                   # (1, D)
-    return class_scores(v, text)[0]
-
-
-def read_into(frames, source):
-    """Fill a queue with the frames of a stream; the last item says what ended it. Runs in a thread,
-    since a read may block forever."""
+def run_cli(main):
+    """Run main(). A mistake that the user can fix ends in one line."""
     try:
-        for item in common.read_stream(source):
-            frames.put(item)
-        frames.put("end of the stream")
-    except common.BadVideo as error:
-        frames.put(error.reason)
-
-
-def watch(args):
-    """Print a label a second for a stream at its own pace: frames that come while the networks are
-    busy are dropped. Exits with 1 where the stream stalls or breaks off."""
-    model = build_arm("checkpoint" if args.checkpoint else "zero-shot", args)
-    text = model.embed_classes(args.labels)
-    ring = collections.deque(maxlen=model.frames or args.frames)
-    print(f"{args.checkpoint or args.large} watches {args.watch} on {MACHINE}: {ring.maxlen} "
-          f"frames, {args.fps:g} a second; labels: {', '.join(args.labels)}", flush=True)
-    frames, counts, spent = queue.Queue(32), collections.Counter(), []
-    threading.Thread(target=read_into, args=(frames, args.watch), daemon=True).start()
-    began, turn, second, line = None, None, 0, ""
-    try:
-        while not isinstance(item := frames.get(timeout=STALL), str):
-            t, frame = item
-            began = began or time.perf_counter() - t
-            late = 0 if args.no_drop else time.perf_counter() - began - t
-            time.sleep(max(0, -late))
-            last, turn = turn, int(t * args.fps + .05)  # timestamps are rounded
-            if turn == last:
-                counts["skipped"] += 1
-            elif late > 1 / args.fps and not frames.empty():  # else the source is what is slow
-                counts["dropped"] += 1
-            else:
-                start = time.perf_counter()
-                p = stream_step(model, ring, common.to_picture(frame, model.side), text)
-                best = [(args.labels[k], p[k].item()) for k in p.argsort(descending=True)[:3]]
-                spent.append(1e3 * (time.perf_counter() - start))
-                counts["shown"] += 1
-                label = best[0][0] if best[0][1] >= .5 else "none of these"
-                scores = ", ".join(f"{name} {q:.2f}" for name, q in best)
-                line = f"{t:7.1f} s  {label:20} {np.median(spent[-100:]):6.1f} ms  {scores}"
-            if int(t) > second:
-                print(line, flush=True)
-                second = int(t)
-        end = item
-    except queue.Empty:
-        end = f"no frame for {STALL} s"
+        main()
     except KeyboardInterrupt:
-        end = "Ctrl-C"
-    if not spent and end != "Ctrl-C":
-        raise common.BadInput(f"--watch {args.watch}: {end}")
-    p50, p95 = np.percentile(spent or [0], (50, 95))
-    print(f"{line}\n{end}\nRESULT tinyclip_swap watch={args.watch} read={counts.total()} "
-          f"shown={counts['shown']} skipped={counts['skipped']} dropped={counts['dropped']} "
-          f"p50_ms={p50:.1f} p95_ms={p95:.1f}")
-    if end not in ("end of the stream", "Ctrl-C"):
-        sys.exit(1)
+        sys.exit("interrupted; --resume RUN continues after the last finished epoch")
+    except torch.cuda.OutOfMemoryError:
+        sys.exit("out of GPU memory; try a smaller --batch-size or fewer --frames")
+    except (common.BadInput, OSError) as error:
+        # an error of a worker comes with its traceback, which ends with the message
+        sys.exit(f"{Path(sys.argv[0]).name}: {str(error).splitlines()[-1]}")
 
 
-# ---- flags and main ------------------------------------------------------------------------------
-
-
-def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--data", default="toy", help="toy, or a folder; the README lists the formats")
-    add("--split", type=common.which_split, default=1, choices=(1, 2, 3, "all"), help="of lists")
-    add("--allow-missing", action="store_true", help="go on without missing clips")
-    add("--unseen", type=int, default=0, help="classes held out of training, and tested, too")
-    add("--shots", type=int, default=0, help="training clips of each class; 0: all")
-    add("--label-noise", type=float, default=0., help="share of training labels made wrong")
-    add("--frames", type=int, default=8, help="T, frames per clip; a checkpoint has its own")
-    add("--sampling", choices=("tsn", "dense"), default="tsn", help="of frames")
-    add("--views", type=int, default=1, help="windows of a test clip, with dense")
-    add("--large", default="toy-large", help="NAME[:WEIGHTS] of the original backbone")
-    add("--small", default="toy-small", help="NAME[:WEIGHTS] of the one swapped in")
-    add("--recover", choices=("none", "affinity"), default="none", help="a third arm, with eq. (3)")
-    add("--compare", action="store_true", help="instead: four models on --large, eq. (4)")
-    add("--checkpoint", "--eval-only", metavar="FILE", help="test it, or --watch with it")
-    add("--epochs", type=int, default=50, help="as ActionCLIP; 6 for toy clips")
-    add("--batch-size", type=int, default=32, help="of all processes together")
-    add("--lr", type=float, default=5e-6, help="of CLIP's towers, as ActionCLIP; 4e-4 for toys")
-    add("--compile", action="store_true", help="torch.compile the networks")
-    add("--watch", metavar="SOURCE", help="live: a file, an address, - (standard input), a camera "
-        "(/dev/video0, avfoundation:0, dshow:video=NAME)")
-    add("--labels", default="", help='of --watch, in any words: "waving, running, a dog jumping"')
-    add("--fps", type=float, default=4., help="frames sampled per second of --watch")
-    add("--no-drop", action="store_true", help="wait for each frame, at whatever speed")
-    add("--seed", type=int, default=0, help="of initial weights, order and augmentation")
-    add("--seeds", type=int, nargs="*", default=[], help="one run each, and mean, as --split all")
-    add("--out", default="runs", help="folder for runs and the cache")
-    add("--resume", action="store_true", help="go on with a run that was killed")
-    add("--workers", type=int, default=max(1, min(16, os.cpu_count() - 1)), help="that decode")
-    args, _ = parser.parse_known_args(argv)
-    if args.data == "toy":
-        parser.set_defaults(epochs=6)
-    if args.large.startswith("toy-"):
-        parser.set_defaults(lr=4e-4)
-    args = parser.parse_args(argv)
-    labels = [word.strip() for word in args.labels.split(",")]
-    args.labels = [word for word in dict.fromkeys(labels) if word]
-    if min(args.epochs, args.batch_size, args.frames, args.views) < 1 or args.frames > 77:
-        parser.error("--epochs, --batch-size, --views take 1 or more, --frames 1 to 77")
-    if min(args.seed, args.shots, args.workers) < 0 or not 0 <= args.label_noise <= 1:
-        parser.error("--seed, --shots, --workers take 0 or more, --label-noise 0 to 1")
-    if not (0 < args.lr < math.inf and 0 < args.fps < math.inf):
-        parser.error("--lr, --fps take more than 0")
-    if args.watch and len(args.labels) < 2:
-        parser.error('--watch needs two labels or more: --labels "waving, running"')
-    return args
-
-
-def main(argv=None):
-    """Train, test and measure the arms. -> {arm: numbers}"""
-    args, began = parse(argv), time.time()
-    if args.split == "all" or args.seeds:
-        return common.several(main, argv, args.split, args.seeds or [args.seed])
-    if args.large.startswith("toy-"):
-        torch.set_num_threads(1)  # small networks run faster on one thread
-    if WORLD > 1:
-        dist.init_process_group("nccl" if GPU else "gloo", timeout=datetime.timedelta(hours=12),
-                                device_id=DEVICE if GPU else None)  # 12: process 0 may label
-    if args.watch:
-        return watch(args)
-    cache, toys = Path(args.out) / "cache", "toy-diagonals" if args.unseen else "toy"
-    data = common.read_data(args.data, args.split, args.allow_missing, cache, toys)
-    tests = common.split_unseen(data, args.unseen, args.seed)
-    data = common.few_shot(tests[""], args.shots, args.seed)
-    data = tests[""] = common.noisy_labels(data, args.label_noise, args.seed)
-    arms = ["large", "small"] if args.recover == "none" else ["large", "small", "small+affinity"]
-    if args.compare:
-        arms = ["actionclip", "vifi-clip", "text4vis", "zero-shot"]
-    if args.checkpoint:
-        arms = ["checkpoint"]
-        if "backbone" not in common.read_weights(args.checkpoint):
-            data.classes = data.official or data.classes
-    models = {arm: build_arm(arm, args) for arm in arms}
-    if args.checkpoint:
-        args.frames = models["checkpoint"].frames or args.frames
-    run = run_folder("tinyclip_swap", data, args)
-    if RANK == 0:
-        print(f"{data}; {WORLD} process(es), {MACHINE}", flush=True)
-
-    results, log = {}, []
-    for arm, model in models.items():
-        results[arm] = {"arm": arm, "backbone": model.name}
-        if args.compare:
-            head, text, loss, _ = ARMS[arm]
-            results[arm] |= {"head": head, "text": text, "loss": loss}
-        if ARMS[arm].loss != "none":
-            large = models["large"] if arm == "small+affinity" else None  # trained by now
-            train(arm, model, large, data, args, run, log)
-        for name, part in tests.items():
-            results[arm][f"top1{name}"], results[arm][f"top5{name}"] = evaluate(model, part, args)
-    if WORLD > 1:
-        dist.destroy_process_group()
-    if RANK == 0:
-        report(models, results, tests, args, log, run, began)
-    return results
+# ---- live video: --watch -------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def draw_affinity(models, data, args, path):
-    """A of eq. (3), at the same scale for all, of 32 test clips and their sentences, by class"""
-    clips = sorted(data.test, key=lambda clip: clip[1])
-    clips, tiles = clips[::math.ceil(len(clips) / 32)], []
-    for name, model in models.items():
-        read = common.Clips(clips, args.frames, model.side, args.sampling)
-        batch = next(iter(common.ClipLoader(read, 32)))
-        texts = model.prompts(data.classes)[0, batch.label]
-        with autocast():
-            v, t, _ = model.eval()(common.centre_crop(batch.video, model.size, DEVICE), texts)
-        A = similarity(v.float(), t.float(), SCALE_T).softmax(1).cpu()          # (B, B)
-        tile = F.pad((A / A.max()).kron(torch.ones(8, 8)), (2, 2, 14, 2), value=1)
-        title, corner = f"{name}: clips x texts", torch.tensor([[0, 0, 1, 1]])
-        tiles.append(torchvision.utils.draw_bounding_boxes(tile[None], corner, [title]))
-    with common.renamed(path) as part:
-        torchvision.utils.save_image(tiles, part)
+def stream_step(model, embeddings, frame, text):
+    """Classify a stream after a new frame, uint8 (3, H, W). Each frame is encoded only once:
+    `embeddings`, a deque, keeps those of the last T frames. Before T frames have come, the first
+    one fills the gaps. text (P, K, D) -> probabilities (K,)"""
+    frame = common.center_crop([frame[None]], model.crop_size, DEVICE)          # (1, 1, 3, H, W)
+    with autocast():
+        embeddings.append(model.encode_frames(frame)[:, 0])                     # (1, D)
+        while len(embeddings) < embeddings.maxlen:
+            embeddings.append(embeddings[0])
+        v = model.fusion(torch.stack(tuple(embeddings), 1)).float()             # (1, D)
+    return class_probabilities(v, text)[0]                                      # (K,)
 
 
-def report(models, results, tests, args, log, run, began):
-    """Measure, with nothing else running; write record and pictures; print the table and RESULT."""
-    data, scores = tests[""], []
-    for arm, r in results.items():
-        r |= measure(models[arm], data, args)
-        scores += [f"{arm}{name}={r['top1' + name]:.4f}" for name in tests]
-    print(table(list(results.values())))
-    if "small" in results:
-        small, large = results["small"], results["large"]
-        keys = "M", "GMAC", "ms", "+decode", "clips/s"
-        ratios = [f"{key} x{small[key] / large[key]:.2f}" for key in keys]
-        print(f"small / large: {', '.join(ratios)}")
-        scores.append(f"gmac_ratio={small['GMAC'] / large['GMAC']:.3f}")
-    chances = [f"top1{name} 1/{len(part.classes)}" for name, part in tests.items()]
-    print(f"M: million parameters without the word table; GMAC, ms, +decode (ms with decoding): of "
-          f"a clip, texts cached.\n{len(data.test)} test clips; chance: {', '.join(chances)}")
-    for note in data.notes():
-        print(f"NOTE {note}")
-    write_record(run / "run.json", args, data, results, log, began)
-    dots = {arm: [(r["ms"], r["top1"])] for arm, r in results.items()}
-    common.plot({f"{data.name}, {MACHINE}": dots}, "ms a clip", "top-1", run / "accuracy.png")
-    if "small+affinity" in models:
-        shown = {"small before training": build_arm("small", args), **models}
-        draw_affinity(shown, data, args, run / "affinity.png")
-    print(f"record, checkpoints, pictures: {run}\nRESULT tinyclip_swap data={data.name} "
-          f"split={args.split} seed={args.seed} {' '.join(scores)} "
-          f"seconds={time.time() - began:.0f}")
+def watch(model, args):
+    """Print the most probable labels of a live video once per second, until it ends or Ctrl-C."""
+    text = model.encode_classes(args.labels)                                    # (P, K, D)
+    embeddings = collections.deque(maxlen=model.frames or args.frames)
+    print(f"{model.name} on {DEVICE_NAME}, {embeddings.maxlen} frames, {args.fps:g} per second; "
+          f"labels: {', '.join(args.labels)}", flush=True)
+    line, last_second, latencies = "", 0, []
+    try:
+        for seconds, frame in common.live_frames(args.watch, args.fps, drop=not args.no_drop):
+            start_time = time.perf_counter()
+            frame = common.frame_to_tensor(frame, model.resize_to)              # (3, H, W)
+            p = stream_step(model, embeddings, frame, text).cpu()               # (K,)
+            latencies.append(1e3 * (time.perf_counter() - start_time))
+            top3 = [f"{args.labels[k]} {p[k]:.2f}" for k in p.argsort(descending=True)[:3]]
+            label = args.labels[p.argmax()] if p.max() >= .5 else "none of these"
+            line = f"{seconds:7.1f} s  {label:20} {latencies[-1]:6.1f} ms  {', '.join(top3)}\n"
+            if int(seconds) > last_second:
+                print(line, end="", flush=True)
+                line, last_second = "", int(seconds)
+    except KeyboardInterrupt:
+        print("interrupted")
+    except common.BadVideo as error:
+        raise common.BadInput(f"--watch {args.watch}: {error.reason}") from error
+    finally:
+        p50, p95 = np.percentile(latencies or [0], (50, 95))
+        print(f"{line}RESULT {Path(__file__).stem} watch={args.watch} frames={len(latencies)} "
+              f"p50_ms={p50:.1f} p95_ms={p95:.1f}")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    run_cli(main)
