@@ -1,60 +1,74 @@
-"""Teach early exits on compressed video stream by stream: motion vectors, residuals, I-frames.
+"""Progressive knowledge distillation (PKD): train early exits on compressed video, with one
+teacher after another.
 
 Soufleri, Ravikumar, Roy: "Advancing Compressed Video Action Recognition through Progressive
-Knowledge Distillation", arXiv 2407.02713: training (inference: wise_infer.py). Class scores of
-whole networks are distilled into early exits of the same networks, one teacher after the other.
+Knowledge Distillation" (arXiv 2407.02713), the training half; wise_infer.py is the inference half.
 
-A compressed file holds few whole pictures (I-frames); the frames between are motion and a residual.
-Each of the three feeds a network, as in CoViAR (Wu et al., CVPR 2018), with exits behind layer1, 2
-and 3. Networks learn from labels, are frozen, and their exits learn from a teacher's class scores.
-The paper finds flatter minima on I-frames than on residuals than on motion: so "progressive" (PKD)
-goes from the sharpest to the flattest. Beside it: labels alone, the reverse, one teacher all along.
+A compressed video contains only a few complete images (I-frames). The frames between them, the
+P-frames, are stored as motion vectors and a residual. As in CoViAR (Wu et al., CVPR 2018), one
+network sees the motion (mv), one the residuals (r) and one the I-frames (i). Each network has three
+early exits, behind its layers 1 to 3. A video that leaves at an early exit costs less.
 
-B clips with labels y, K classes; z_k (B, K): logits of exit k = 1..3; z_mv, z_r, z_i those of whole
-networks (exit 4); each the mean over a clip's S segments (the consensus).
-  (1) exits_loss          ce:  sum_k CE(z_k, y), mean over B
-  (2) soft_cross_entropy  others: sum_k -1/B sum_b sum_c softmax(z_t/tau)_c log softmax(z_k/tau)_c,
-                          sum over K, mean over B, no tau^2 and no labels; tau 1
-  (3) teacher_at          t over the steps of a run:  progressive  mv 1/6, r 1/6, third 4/6
-  third: self or i        anti  third 4/6, r 1/6, mv 1/6;  iframe  i;  self  the exits' own network
-Schedule: AdamW, lr 1e-3 (toys 3e-3; else with --imagenet, as CoViAR, eps 1e-3, mv .01, r .005,
-i .0003, at the input of mv and r .1 of it, on other pretrained layers .01), weight decay .01;
-linear warm-up in the first tenth of the steps, cosine to 0; networks 120 epochs (toys 14), then
-exits 60 (toys 18), lr 1e-3 (toys 3e-3); batch 32.
+Training has two stages. First, the three networks learn from the labels. Then they are frozen, and
+only the exits learn, from the labels or from a teacher. The teacher is one of the three networks.
+The paper finds that training on motion ends in a sharp minimum of the loss, on residuals in a
+flatter one and on I-frames in the flattest. PKD takes its teachers in this order.
 
-  python pkd_compressed.py                     toy clips, ce and progressive, 2 minutes on 2 CPUs
-  python pkd_compressed.py --order all --flatness
+B videos with labels y, K classes, S frames per video. z_k (B, K) are the logits of exit k, and
+z_t (B, K) those of teacher t. Logits are means over the S frames of a video.
+  (1) exits_loss           from labels:     L = sum_k 1/B sum_b CE(z_k, y)_b
+  (2) exits_loss           from a teacher:  L = sum_k soft_cross_entropy(z_k, z_t), where that is
+      soft_cross_entropy   -1/B sum_b sum_c softmax(z_t / tau)_bc log softmax(z_k / tau)_bc
+                           sum over classes, mean over videos, no tau^2, no labels; tau = 1
+  (3) teacher_for_step     who teaches the exits of network s in each sixth of the steps:
+        schedule       1   2   3   4   5   6
+        labels         -   -   -   -   -   -     baseline, eq. (1)
+        progressive    mv  r   s   s   s   s     PKD
+        anti           s   s   s   s   r   mv    control: PKD in reverse
+        iframe         i   i   i   i   i   i     control: one teacher, the best network
+        self           s   s   s   s   s   s     control: one teacher, the network itself
+      With --third-teacher i, i replaces s in progressive and anti.
+
+The networks are frozen at the start of train_exits, including the statistics of BatchNorm. All
+schedules have the same initial weights, batches and number of steps.
+Schedule: AdamW, lr 1e-3 (toy networks: 3e-3), weight decay .01; linear warm-up in the first tenth
+of the steps, then cosine to 0; batch 32. Networks 120 epochs (toy data: 14), exits 60 (toy: 18).
+With --imagenet, the networks learn as in CoViAR, with eps 1e-3: the classifiers of mv, r and i at
+lr .01, .005, .0003, pretrained layers at .01 of that, the first layers of mv and r at .1 of it.
+
+  python pkd_compressed.py                     toy videos; 1 to 2 minutes on 2 CPU cores
+  python pkd_compressed.py --schedules all --flatness
+  python pkd_compressed.py --label-noise 0.4   where a teacher helps
   python pkd_compressed.py --data HMDB51 --reencode --imagenet --batch-size 64
 
 The plain command printed (2 cores of an x86_64 CPU, torch 2.15.0):
-RESULT pkd_compressed data=toy split=1 seed=0 mv4=0.5958 r4=0.7500 i4=0.8875 ce-mv1=0.6042
-  ce-mv2=0.6292 ce-mv3=0.6083 ce-r1=0.7250 ce-r2=0.7500 ce-r3=0.7750 ce-i1=0.7667 ce-i2=0.8000
-  ce-i3=0.8792 progressive-mv1=0.5833 progressive-mv2=0.5917 progressive-mv3=0.6000
-  progressive-r1=0.7292 progressive-r2=0.7250 progressive-r3=0.7625 progressive-i1=0.8083
-  progressive-i2=0.8292 progressive-i3=0.8750 seconds=87
+RESULT pkd_compressed data=toy split=1 seed=0 motion=0.5958 residual=0.7500 iframe=0.8875
+  labels_mean=0.7264 progressive_mean=0.7227 seconds=131
+motion, residual, iframe: top-1 of the three networks. SCHEDULE_mean: mean top-1 of the nine exits.
 
-Differs from the paper and its code: the code trains progressive for 300 epochs, others for 150,
-anti in thirds; its third teacher is self on batch statistics, the paper's is i; it starts from
-unreleased Kinetics weights; BatchNorm moves in its "frozen" networks; its exits' linear bias is not
-trained; it reports each exit's best epoch on the test list, not the last. One crop and flip serve
-all streams, from a few fixed crops for exits; the test view is the middle square. Copies have
-I-frames at scene cuts, too. Exits see P-frames by segment, not by group. A fifth of the training
-clips is held out (--holdout). More on motion and residuals: common.py.
+Differs from the paper and its code:
+- The code gives PKD 300 epochs, other schedules 150, and anti equal thirds. Its third teacher is s
+  with BatchNorm in training mode; in the paper it is i. Its "frozen" networks update BatchNorm.
+- The code starts from unpublished Kinetics weights. It trains networks by Adam with L2 1e-4 and
+  steps, exits with lr .01, .005, .0003, eps 1e-3, no decay and a fixed bias in the linear layer.
+- It reports each exit's best epoch on the test list. Here, it is the last epoch.
+- Teacher and exits share one crop and flip, which are those of two fixed crops per video. The test
+  crop is the central square. The code draws crops independently and tests larger images.
+- CoViAR changes the colours of I-frames, clips residuals at 127 and stores motion in 8 bits. Its
+  P-frames are sampled per group of pictures; here, per segment. Re-encoded copies have I-frames at
+  scene cuts, too. More on motion and residuals: common.py.
+- A fifth of the training videos (--holdout) is held out for wise_infer.py.
+- With torchrun, BatchNorm in training sees the videos of its own process.
 """
 import argparse
-import contextlib
-import copy
-import datetime
-import functools
-import itertools
 import json
-import math
 import os
 import platform
 import sys
 import time
-import zlib
+from datetime import datetime, timedelta
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -62,550 +76,655 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
-from torchvision.io import encode_png
-from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import draw_bounding_boxes, flow_to_image, make_grid
+from torchvision.utils import draw_bounding_boxes, flow_to_image, make_grid, save_image
 from tqdm import tqdm
 
 import common
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if GPU else torch.device("cpu")
-if GPU:
-    torch.cuda.set_device(DEVICE)
-MACHINE = torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU"
-STREAMS, ORDERS = ("mv", "r", "i"), ("ce", "progressive", "anti", "iframe", "self")
-CROPS = 2  # fixed crops of each clip that the exits see
-CACHE_GB = 16  # limit of the cache of their feature maps; HMDB51 would take 72
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets these three
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+USE_CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda", LOCAL_RANK) if USE_CUDA else torch.device("cpu")
+DEVICE_NAME = torch.cuda.get_device_name(DEVICE) if USE_CUDA else f"{platform.machine()} CPU"
+
+STREAMS = {"mv": "motion", "r": "residual", "i": "iframe"}  # names in tables and results
+SCHEDULES = ("labels", "progressive", "anti", "iframe", "self")
+NUM_FIXED_CROPS = 2  # crops of each video that the exits see
+CACHE_GB = 16  # size limit of the feature cache
 
 # ---- the method: eqs. (1)-(3) --------------------------------------------------------------------
 
 
-def soft_cross_entropy(student, teacher, tau):
+def soft_cross_entropy(student_logits, teacher_logits, tau):
     """Eq. (2) for one exit. Logits (B, K) and (B, K) -> scalar"""
-    p = (teacher / tau).softmax(1)                                              # (B, K)
-    log_q = (student / tau).log_softmax(1)                                      # (B, K)
+    p = (teacher_logits / tau).softmax(1)                                       # (B, K)
+    log_q = (student_logits / tau).log_softmax(1)                               # (B, K)
     return -(p * log_q).sum(1).mean()                                           # ()            (2)
 
 
-def teacher_at(step, steps, order, stream, third):
-    """Who teaches the exits of `stream` at step 0..steps-1, eq. (3). -> mv, r, i; None: labels"""
-    always = {"ce": None, "iframe": "i", "self": stream}
-    if order in always:
-        return always[order]
-    if order == "anti":
-        step = steps - 1 - step
-    last = stream if third == "self" else "i"
-    sixths = ("mv", "r", last, last, last, last)                                # (6,)
-    return sixths[6 * step // steps]                                            #               (3)
-
-
-def exits_loss(z, labels, z_t, tau):
-    """Eqs. (1) and (2), summed over the exits. z: (B, K) per exit; labels (B,); z_t (B, K), the
-    teacher's logits, or None: labels teach. -> scalar"""
-    if z_t is None:
+def exits_loss(z, labels, teacher_logits, tau):
+    """Eqs. (1) and (2), summed over the exits. z: logits (B, K) of each exit; labels (B,);
+    teacher_logits (B, K), or None if the labels teach. -> scalar"""
+    if teacher_logits is None:
         return sum(F.cross_entropy(z_k, labels) for z_k in z)                   # ()            (1)
-    return sum(soft_cross_entropy(z_k, z_t, tau) for z_k in z)                  # ()            (2)
+    return sum(soft_cross_entropy(z_k, teacher_logits, tau) for z_k in z)       # ()            (2)
 
 
-# ---- the rest is plumbing: networks and what they see --------------------------------------------
+def teacher_for_step(step, steps, schedule, stream, third_teacher):
+    """Eq. (3) for the exits of the network `stream` at step 0..steps-1. third_teacher: self or i.
+    -> the teacher: mv, r or i, or None if the labels teach"""
+    third = stream if third_teacher == "self" else "i"
+    progressive = ["mv", "r", third, third, third, third]                       # (6,)
+    teachers = {"labels": [None] * 6, "progressive": progressive, "anti": progressive,
+                "iframe": ["i"] * 6, "self": [stream] * 6}
+    if schedule == "anti":
+        step = steps - 1 - step
+    return teachers[schedule][6 * step // steps]                                #               (3)
+
+
+# ---- the rest is plumbing: networks, exits and their inputs --------------------------------------
 
 
 class Streams(nn.Module):
-    """The three networks. {stream: x (B, S, C, H, W)} -> {stream: (maps of exits 1-3, z (B, K))}"""
+    """The three networks. {stream: x (B, S, C, H, W)} -> {stream: (feature maps for the exits,
+    [(B*S, c, h, w)] * 3; the network's own logits (B, K))}"""
 
-    def __init__(self, names, classes, imagenet, cache):
+    def __init__(self, names, num_classes, imagenet=False):
         super().__init__()
         self.nets = nn.ModuleDict()
         for stream, name in zip(STREAMS, names, strict=True):
-            self.nets[stream] = common.ExitNet(stream, name, classes, imagenet, cache)
+            self.nets[stream] = common.ExitNet(stream, name, num_classes, imagenet)
 
     def forward(self, x):
-        return {stream: net(x[stream]) for stream, net in self.nets.items()}
+        with autocast():
+            return {stream: net(x[stream]) for stream, net in self.nets.items()}
 
 
 class Exits(nn.Module):
-    """Exits 1 to 3 of every stream, for every order; all orders start from the same weights.
-    Outputs of run_frozen, S -> {(order, stream): [z_1, z_2, z_3], (B, K) each}"""
+    """The three exits of each network, for each schedule.
+    frozen_features -> {(schedule, stream): [z_1, z_2, z_3]}, logits (B, K)"""
 
-    def __init__(self, streams, orders, classes, seed):
+    def __init__(self, streams, schedules, num_classes, seed):
         super().__init__()
         self.heads = nn.ModuleDict()
-        for order in orders:
+        for schedule in schedules:
             torch.manual_seed(seed + 1)
-            own = {stream: common.exit_heads(net, classes) for stream, net in streams.nets.items()}
-            self.heads[order] = nn.ModuleDict(own)
+            self.heads[schedule] = nn.ModuleDict()
+            for stream, net in streams.nets.items():
+                self.heads[schedule][stream] = common.exit_heads(net, num_classes)
 
-    def forward(self, outputs, S):
-        z = {}
-        for order, stream in itertools.product(self.heads, STREAMS):
-            pairs = zip(self.heads[order][stream], outputs[stream][:3], strict=True)
-            z[order, stream] = [head(f, S) for head, f in pairs]
-        return z
+    def forward(self, features):
+        with autocast():
+            return {(schedule, stream): apply_exits(self.heads[schedule][stream], features, stream)
+                    for schedule, stream in product(self.heads, STREAMS)}
 
 
-class FixedCrops(common.Clips):
-    """Epoch e sees view e % CROPS of each clip, none of those that the networks learned from."""
+def apply_exits(heads, features, stream):
+    maps = [features[f"{stream}{k}"].float() for k in (1, 2, 3)]                # (B, S, c, h, w)
+    z = [head(x.flatten(0, 1), x.shape[1]) for head, x in zip(heads, maps, strict=True)]
+    return [z_k.float() for z_k in z]                                           # (B, K) each
+
+
+class FixedCropDataset(common.CompressedDataset):
+    """Epoch e sees fixed crop e % NUM_FIXED_CROPS of each video, which no network has seen."""
 
     def __getitem__(self, key):
-        return super().__getitem__((10 ** 6 + key[0] % CROPS, key[1]))
+        epoch, index = key
+        return super().__getitem__((10**6 + epoch % NUM_FIXED_CROPS, index))
 
 
-def see(batch, args, mirror=None):
-    """-> {stream: (B, S, C, size, size)}; for training with `mirror`: may clips of class k flip?"""
-    clips = [coded.to(DEVICE) for coded in batch.video]
-    if mirror is None:
-        return common.compressed_view(clips, args.size)
-    rngs = [np.random.default_rng([args.seed, *key, 2]) for key in batch.key]
-    return common.compressed_view(clips, args.size, rngs, [mirror[k] for k in batch.label])
+def make_loader(videos, undecodable, args, train=False, dataset=common.CompressedDataset):
+    videos = dataset(videos, args.segments, args.copies, train, args.seed)
+    return common.VideoLoader(videos, args.batch_size, args.workers, undecodable=undecodable)
+
+
+def network_inputs(batch, args, can_flip=None):
+    """-> {stream: (B, S, C, size, size)}: the central square, or with can_flip, a bool for each
+    class, a random crop and flip"""
+    videos = [video.to(DEVICE) for video in batch.video]
+    if can_flip is None:
+        return common.compressed_inputs(videos, args.size)
+    rngs = [np.random.default_rng([args.seed, *key, 2]) for key in batch.rng_key]
+    return common.compressed_inputs(videos, args.size, rngs, [can_flip[y] for y in batch.label])
+
+
+@torch.no_grad()
+def frozen_features(streams, batch, args, can_flip=None):
+    """-> {"labels": (B,), "mv1", "mv2", "mv3": feature maps for the exits of mv (B, S, c, h, w),
+    "mv4": the network's own logits (B, K); the same for r and i}"""
+    features = {"labels": torch.tensor(batch.label).to(DEVICE, non_blocking=True)}
+    outputs = streams(network_inputs(batch, args, can_flip))
+    for stream, (maps, logits) in outputs.items():
+        features[f"{stream}4"] = logits.float()
+        for k, x in enumerate(maps, 1):
+            features[f"{stream}{k}"] = x.float().unflatten(0, (len(batch.label), -1))
+    return features
+
+
+def cache_features(streams, dataset, can_flip, data, args):
+    """-> frozen_features of all videos, row crop * N + index; maps in fp16. None if they take more
+    than CACHE_GB."""
+    loader = common.VideoLoader(dataset, args.batch_size, args.workers, 0, 1, data.undecodable)
+    loader.batch_sampler.train = False  # each video once, in the order of the list
+    cache = {}
+    for _, batches in loader.epochs(0, NUM_FIXED_CROPS):
+        for batch in tqdm(batches, "features", len(loader), leave=False, disable=None):
+            features = frozen_features(streams, batch, args, can_flip)
+            gigabytes = 2e-9 * sum(x[0].numel() for x in features.values()) * len(dataset)
+            if gigabytes * NUM_FIXED_CROPS > CACHE_GB:
+                print("features exceed CACHE_GB: every epoch decodes anew")
+                return None
+            for name, x in features.items():
+                x = x.half() if x.ndim == 5 else x
+                cache.setdefault(name, []).append(x.cpu())
+    return {name: torch.cat(batches) for name, batches in cache.items()}
+
+
+def cached_batches(cache, loader, epoch):
+    """Yield the frozen_features of an epoch."""
+    first_row = epoch % NUM_FIXED_CROPS * len(loader.dataset)
+    for keys in loader.batch_sampler.batches(epoch):
+        rows = [first_row + index for _, index in keys]
+        yield {name: x[rows].to(DEVICE) for name, x in cache.items()}
+
+
+def learning_rate(name, args):
+    """name: nets.STREAM.LAYER... in Streams, heads... in Exits"""
+    kind, stream, layer, *_ = name.split(".")
+    lr = 3e-3 if "toy" in args.networks else 1e-3
+    if kind == "heads":
+        return lr
+    if not args.imagenet:
+        return args.lr or lr
+    lr = args.lr or {"mv": .01, "r": .005, "i": .0003}[stream]
+    if layer == "fc":
+        return lr
+    return .01 * lr if layer == "layers" or stream == "i" else .1 * lr
+
+
+def build_optimizer(module, steps, args):
+    """AdamW for Streams or Exits; norms and biases do not decay."""
+    groups = {}
+    for name, weight in module.named_parameters():
+        decay = .01 if weight.ndim > 1 else 0.
+        groups.setdefault((learning_rate(name, args), decay), []).append(weight)
+    eps = 1e-3 if args.imagenet and isinstance(module, Streams) else 1e-8
+    groups = [{"params": weights, "lr": lr, "weight_decay": decay}
+              for (lr, decay), weights in groups.items()]
+    optimizer = torch.optim.AdamW(groups, eps=eps, fused=True)
+    return optimizer, warmup_and_cosine(optimizer, steps)
+
+
+def mean_losses(losses, names, module, epoch):
+    """Losses (n,) of each step -> {name: mean}. Also copies BatchNorm's statistics from process 0:
+    DDP does so before each step, but not after the last."""
+    if WORLD_SIZE > 1:
+        for loss in losses:
+            dist.all_reduce(loss.div_(WORLD_SIZE))
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+    return dict(zip(names, epoch_means(losses, epoch), strict=True))
 
 
 # ---- training ------------------------------------------------------------------------------------
 
-autocast = functools.partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=GPU)
+
+def allowed_flips(data, args):
+    """-> for each class, whether its videos may be mirrored"""
+    return [flip and not args.no_flip for flip in common.flippable(data.classes)]
 
 
-def learning_rate(name, args):
-    """Of a parameter of Streams or Exits; ImageNet's weights learn slowly, as in CoViAR's code, but
-    not those of toys."""
-    kind, stream, layer, *_ = name.split(".")
-    if kind == "heads":
-        return 3e-3 if "toy" in args.networks else 1e-3
-    lr = args.lr[STREAMS.index(stream)]
-    if layer == "fc" or not args.imagenet or "toy" in args.networks:
-        return lr
-    return lr * (.1 if layer in ("input", "stem") and stream != "i" else .01)
+def train_networks(streams, data, metadata, folder, args):
+    """Stage 1: the three networks learn from the labels. -> history"""
+    loader = make_loader(data.train, data.undecodable, args, train=True)
+    optimizer, lr_schedule = build_optimizer(streams, args.epochs * len(loader), args)
+    modules = {"streams": streams, "optimizer": optimizer, "lr_schedule": lr_schedule}
 
+    # a new run starts at epoch 0, a resumed one after its last checkpoint
+    path = folder / "networks-last.pt"
+    history = resume_training(path, metadata, modules)
+    ddp_streams = DistributedDataParallel(streams) if WORLD_SIZE > 1 else streams
+    can_flip = allowed_flips(data, args)
 
-def adamw(module, args, steps, coviar=False):
-    """AdamW, no decay on norms and biases; linear warm-up, then cosine to 0."""
-    found, warm = {}, max(1, steps // 10)
-    for name, w in module.named_parameters():
-        found.setdefault((learning_rate(name, args), .01 * (w.ndim > 1)), []).append(w)
-    groups = [{"params": own, "lr": lr, "weight_decay": wd} for (lr, wd), own in found.items()]
-    optimizer = torch.optim.AdamW(groups, eps=1e-3 if coviar else 1e-8, fused=True)
-    parts = [LinearLR(optimizer, 1 / warm, total_iters=warm),
-             CosineAnnealingLR(optimizer, max(1, steps - warm))]
-    return optimizer, SequentialLR(optimizer, parts, [warm])
-
-
-def run_folder(script, data, args):
-    """OUT/SCRIPT/DATA-sSPLIT-seedSEED-DIGEST: a run belongs to its clips and flags."""
-    other = "copies", "data", "out", "resume", "workers"
-    flags = {key: value for key, value in vars(args).items() if key not in other}
-    digest = zlib.crc32(f"{data.digest()} {flags}".encode())
-    run = Path(args.out) / script / f"{data.name}-s{args.split}-seed{args.seed}-{digest:08x}"
-    if vars(args).get("resume") and not run.exists():
-        print(f"--resume: no run with these clips and flags; {run} is new", file=sys.stderr)
-    run.mkdir(parents=True, exist_ok=True)
-    return run
-
-
-def keep(row, rows, epochs, path, about, parts):
-    """Log the row of an epoch; write the state of `parts`, {name: module or optimizer}, to `path`,
-    from which --resume goes on: a kill leaves the old checkpoint or the new one."""
-    rows.append(row)
-    if len(rows) == epochs:  # finished: no optimizer
-        parts = {name: part for name, part in parts.items() if hasattr(part, "parameters")}
-    if RANK == 0:
-        shown = [(k, x) for k, x in row.items() if not isinstance(x, dict)]
-        cells = [f"{k} {x:.4f}" if isinstance(x, float) else f"{k} {x}" for k, x in shown]
-        print("  ".join(cells), flush=True)
-        state = {name: part.state_dict() for name, part in parts.items()}
-        common.save({**about, **state, "rows": rows}, path)
-
-
-def resume(path, parts):
-    """Load what a killed run has left -> its rows. Raises BadInput."""
-    saved = common.read_saved(path, "rows")
-    for name, part in parts.items():
-        if hasattr(part, "parameters") or name in saved:  # finished: no optimizer
-            common.load_strictly(part, saved.get(name), path, name)
-    return saved["rows"]
-
-
-def average(terms, module):
-    """A list of losses (n,) -> their mean over processes. BatchNorm's statistics become those of
-    process 0: DDP copies them before a step, not after the last one."""
-    if WORLD == 1:
-        return terms
-    terms = torch.stack(terms) / WORLD
-    dist.all_reduce(terms)
-    for buffer in module.buffers():
-        dist.broadcast(buffer, 0)
-    return list(terms)
-
-
-def train_streams(streams, data, args, run):
-    """The networks, each by the cross entropy of its consensus, on the same batches. -> rows"""
-    clips = common.Clips(data.train, args.segments, None, "coded", train=True, seed=args.seed,
-                         copies=args.copies)
-    loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
-    coviar = args.imagenet and "toy" not in args.networks
-    optimizer, schedule = adamw(streams, args, args.epochs * len(loader), coviar)
-    parts = {"streams": streams, "optimizer": optimizer, "schedule": schedule}
-    path, mirror = run / "streams-last.pt", common.mirrors(data.classes)
-    rows = resume(path, parts) if args.resume and path.exists() else []
-    wrapped = nn.parallel.DistributedDataParallel(streams) if WORLD > 1 else streams
-    for epoch, batches in loader.epochs(len(rows), args.epochs):
-        began, terms = time.time(), []
+    for epoch, batches in loader.epochs(len(history), args.epochs):
+        losses = []
         streams.train()
-        for batch in tqdm(batches, f"streams {epoch + 1}", len(loader), False, disable=None):
-            with autocast():
-                out = wrapped(see(batch, args, mirror))
-            labels = torch.tensor(batch.label).to(DEVICE, non_blocking=True)    # (B/W,)
-            losses = [F.cross_entropy(out[stream][1].float(), labels) for stream in STREAMS]
-            sum(losses).backward()
+        for batch in tqdm(batches, f"networks {epoch + 1}", len(loader), leave=False, disable=None):
+            # the networks see the same videos, with the same crop and flip
+            x = network_inputs(batch, args, can_flip)
+            labels = torch.tensor(batch.label).to(DEVICE, non_blocking=True)    # (B,)
+            outputs = ddp_streams(x)                                            # maps, logits
+
+            # one cross-entropy per network; the sum trains each as if it were alone
+            ce = [F.cross_entropy(logits.float(), labels) for _, logits in outputs.values()]
+            sum(ce).backward()
             for net in streams.nets.values():
                 nn.utils.clip_grad_norm_(net.parameters(), 1.)
+
+            # --degrade: without a gradient, the optimizer skips this network
             if args.degrade and epoch > 0:
-                streams.nets[args.degrade].zero_grad()  # None: AdamW skips it
+                streams.nets[args.degrade].zero_grad()
+
+            # update
             optimizer.step()
+            lr_schedule.step()
             optimizer.zero_grad()
-            schedule.step()
-            terms.append(torch.stack(losses).detach())
-        row = {"stage": "streams", "epoch": epoch + 1}
-        row.update(zip(STREAMS, loader.mean(average(terms, streams), epoch), strict=True))
-        row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
-        keep(row, rows, args.epochs, path, {"flags": vars(args)}, parts)
-    return rows
+            losses.append(torch.stack(ce).detach())
+
+        # print the losses, and save a checkpoint from which --resume continues
+        metrics = {"variant": "networks", "epoch": epoch + 1}
+        metrics.update(mean_losses(losses, STREAMS.values(), streams, epoch))
+        log_and_checkpoint(metrics, history, args.epochs, path, metadata, modules)
+    return history
 
 
-def run_frozen(streams, batch, mirror, args):
-    """-> labels (B,); {stream: maps of exits 1-3, (B*S, c, h, w), and logits z (B, K)}"""
-    with torch.no_grad(), autocast():
-        out, outputs = streams(see(batch, args, mirror)), {}
-    for stream, (maps, z) in out.items():
-        outputs[stream] = [f.float() for f in (*maps, z)]
-    return torch.tensor(batch.label).to(DEVICE, non_blocking=True), outputs
+def train_exits(streams, exits, data, held_out, metadata, folder, args):
+    """Stage 2: the exits learn by eqs. (1)-(3), all schedules from the same batches. -> history"""
+    # freeze the networks, teachers included: no gradients, and BatchNorm keeps its statistics
+    streams.eval().requires_grad_(False)
 
-
-def feature_cache(streams, clips, mirror, args, data):
-    """run_frozen for every clip and crop, in memory: labels, outputs of mv, r, i, maps in fp16; row
-    crop * N + clip. None where that takes more than CACHE_GB."""
-    loader = common.ClipLoader(clips, args.batch_size, args.workers, 0, 1, data.bad)
-    loader.order.train = False  # every clip once, in the order of the list
-    found = []
-    for crop, batches in loader.epochs(0, CROPS):
-        for batch in tqdm(batches, f"crop {crop + 1}", len(loader), False, disable=None):
-            labels, outputs = run_frozen(streams, batch, mirror, args)
-            columns = [labels, *itertools.chain(*outputs.values())]
-            room = 2e-9 * CROPS * len(clips) / len(labels) * sum(f.numel() for f in columns)
-            if room > CACHE_GB:
-                print(f"feature maps would take {room:.0f} GB: every epoch decodes anew")
-                return None
-            columns = [f.half() if f.ndim == 4 else f for f in columns]
-            found.append([f.unflatten(0, (len(labels), -1)).cpu() for f in columns])
-    return [torch.cat(column) for column in zip(*found, strict=True)]
-
-
-def cached_batches(cache, loader, epoch):
-    """What run_frozen says of the batches of an epoch, from the cache"""
-    for keys in loader.order.batches(epoch):
-        at = torch.tensor([epoch % CROPS * len(loader.dataset) + i for _, i in keys])
-        labels, *parts = [column[at].flatten(0, 1).to(DEVICE) for column in cache]
-        parts = [f.float() for f in parts]
-        yield labels, dict(zip(STREAMS, (parts[:4], parts[4:8], parts[8:]), strict=True))
-
-
-def train_exits(streams, exits, data, held, args, run):
-    """All exits by eqs. (1)-(3), on the same batches; tested on the clips `held` out as teachers
-    change. -> rows"""
-    streams.eval().requires_grad_(False)  # frozen, BatchNorm too
-    clips = FixedCrops(data.train, args.segments, None, "coded", train=True, seed=args.seed,
-                       copies=args.copies)
-    loader = common.ClipLoader(clips, args.batch_size, args.workers, bad=data.bad)
+    loader = make_loader(data.train, data.undecodable, args, train=True, dataset=FixedCropDataset)
     steps = args.exit_epochs * len(loader)
-    optimizer, schedule = adamw(exits, args, steps)
-    parts = {"streams": streams, "exits": exits, "optimizer": optimizer, "schedule": schedule}
-    path, mirror = run / "last.pt", common.mirrors(data.classes)
-    rows = resume(path, parts) if args.resume and path.exists() else []
-    cache = len(rows) < args.exit_epochs and feature_cache(streams, clips, mirror, args, data)
-    wrapped = nn.parallel.DistributedDataParallel(exits) if WORLD > 1 else exits
-    ends = [round(args.exit_epochs * sixth / 6) for sixth in (1, 2, 4, 5, 6)]
-    for epoch, batches in loader.epochs(len(rows), args.exit_epochs):
-        began, terms = time.time(), []
+    optimizer, lr_schedule = build_optimizer(exits, steps, args)
+    modules = {"streams": streams, "exits": exits, "optimizer": optimizer,
+               "lr_schedule": lr_schedule}
+
+    # a new run starts at epoch 0, a resumed one after its last checkpoint
+    path = folder / "last.pt"
+    history = resume_training(path, metadata, modules)
+    ddp_exits = DistributedDataParallel(exits) if WORLD_SIZE > 1 else exits
+
+    # what the frozen networks compute never changes: compute it once, if it fits into memory
+    can_flip = allowed_flips(data, args)
+    cache = cache_features(streams, loader.dataset, can_flip, data, args)
+    test_epochs = [round(args.exit_epochs * sixth / 6) for sixth in (1, 2, 4, 5, 6)]
+
+    for epoch, batches in loader.epochs(len(history), args.exit_epochs):
+        losses = []
         exits.train()
-        seen = cached_batches(cache, loader, epoch) if cache else \
-            (run_frozen(streams, batch, mirror, args) for batch in batches)
-        bar = tqdm(seen, f"exits {epoch + 1}", len(loader), False, disable=None)
-        for step, (labels, outputs) in enumerate(bar, epoch * len(loader)):
-            with autocast():
-                out = wrapped(outputs, args.segments)
-            losses = []
-            for (order, stream), z in out.items():
-                who = teacher_at(step, steps, order, stream, args.third_teacher)
-                z_t = outputs[who][3] if who else None                          # (B, K)
-                losses.append(exits_loss([z_k.float() for z_k in z], labels, z_t, args.tau))
-            sum(losses).backward()
+
+        # features of the networks: from the cache, or computed batch by batch
+        if cache:
+            batches = cached_batches(cache, loader, epoch)
+        else:
+            batches = (frozen_features(streams, batch, args, can_flip) for batch in batches)
+        progress = tqdm(batches, f"exits {epoch + 1}", len(loader), leave=False, disable=None)
+        for step, features in enumerate(progress, epoch * len(loader)):
+            # the exits of all schedules see the same features
+            logits = ddp_exits(features)
+
+            # each schedule has its own exits; its teacher depends on the step
+            schedule_losses = dict.fromkeys(args.schedules, 0.)
+            for (schedule, stream), z in logits.items():
+                teacher = teacher_for_step(step, steps, schedule, stream, args.third_teacher)
+                teacher_logits = features[f"{teacher}4"] if teacher else None   # (B, K)
+                schedule_losses[schedule] += exits_loss(z, features["labels"], teacher_logits,
+                                                        args.tau)
+
+            # update; no exit gets a gradient from the loss of another
+            sum(schedule_losses.values()).backward()
             optimizer.step()
+            lr_schedule.step()
             optimizer.zero_grad()
-            schedule.step()
-            terms.append(torch.stack(losses).detach())
-        row = {"stage": "exits", "epoch": epoch + 1}
-        means = zip(out, loader.mean(average(terms, exits), epoch), strict=True)
-        row.update({f"{order}-{stream}": x for (order, stream), x in means})
-        row["clips_per_s"] = len(loader) * loader.order.batch / (time.time() - began)
-        if held and epoch + 1 in ends:
-            row["held-out"] = evaluate(streams, exits, held, data.bad, args)
-        about = {"flags": vars(args), "classes": data.classes}
-        keep(row, rows, args.exit_epochs, path, about, parts)
-    return rows
+            losses.append(torch.stack(list(schedule_losses.values())).detach())
 
-
-# ---- testing and measuring -----------------------------------------------------------------------
+        # print the losses, and, where a teacher's turn ends, the accuracy on held-out videos
+        metrics = {"variant": "exits", "epoch": epoch + 1}
+        metrics.update(mean_losses(losses, args.schedules, exits, epoch))
+        if held_out and epoch + 1 in test_epochs:
+            top1 = evaluate(streams, exits, held_out, data.undecodable, args)
+            metrics.update({f"held_out_{name}": top1[f"{name}_mean"] for name in args.schedules})
+        log_and_checkpoint(metrics, history, args.exit_epochs, path, metadata, modules)
+    return history
 
 
 @torch.no_grad()
-def evaluate(streams, exits, clips, bad, args):
-    """Top-1 on clips [(path, label)] -> {"mv4": of a network, ..., "ORDER-mv1": of an exit, ...}"""
+def evaluate(streams, exits, videos, undecodable, args):
+    """Top-1 on videos [(path, label)] -> {"motion": of a network, "labels_motion1": of its exit 1,
+    "labels_mean": mean of the nine exits, ...}"""
     streams.eval()
     exits.eval()
-    names = [f"{stream}4" for stream in STREAMS]
-    for order, stream, k in itertools.product(args.order, STREAMS, (1, 2, 3)):
-        names.append(f"{order}-{stream}{k}")
-    coded = common.Clips(clips, args.segments, None, "coded", copies=args.copies)
-    loader = common.ClipLoader(coded, args.batch_size, args.workers, bad=bad)
-    hits = torch.zeros(len(names), device=DEVICE)
-    for batch in tqdm(loader, "test", leave=False, disable=None):
-        labels, outputs = run_frozen(streams, batch, None, args)
-        with autocast():
-            out = exits(outputs, args.segments)
-        z = [outputs[stream][3] for stream in STREAMS]
-        z += [z_k.float() for z_k in itertools.chain(*out.values())]
-        hits += (torch.stack(z).argmax(2) == labels).sum(1)
-    if WORLD > 1:
-        dist.all_reduce(hits)
-    return dict(zip(names, (hits / len(clips)).tolist(), strict=True))
+    correct = 0
+    for batch in tqdm(make_loader(videos, undecodable, args), "test", leave=False, disable=None):
+        features = frozen_features(streams, batch, args)
+        logits = {name: features[f"{stream}4"] for stream, name in STREAMS.items()}
+        for (schedule, stream), z in exits(features).items():
+            for k, z_k in enumerate(z, 1):
+                logits[f"{schedule}_{STREAMS[stream]}{k}"] = z_k
+        predictions = torch.stack(list(logits.values())).argmax(2)              # (N, B)
+        # an undecodable video has the label -1, and so counts as wrong
+        correct += (predictions == features["labels"]).sum(1)                   # (N,)
+    if WORLD_SIZE > 1:
+        dist.all_reduce(correct)
+    top1 = dict(zip(logits, (correct / len(videos)).tolist(), strict=True))
+    for schedule in args.schedules:
+        exits_top1 = [x for name, x in top1.items() if name.startswith(f"{schedule}_")]
+        top1[f"{schedule}_mean"] = sum(exits_top1) / 9
+    return top1
 
 
-def phases(log, args, path):
-    """Draw top-1 of held-out clips where teachers change, mean of exits 1-3 -> rows"""
-    rows, panels = [], {stream: {} for stream in STREAMS}
-    tested = [row for row in log if "held-out" in row]
-    for stream, order in itertools.product(STREAMS, args.order):
-        curve = []
-        for row in tested:
-            top1 = [row["held-out"][f"{order}-{stream}{k}"] for k in (1, 2, 3)]
-            curve.append((row["epoch"], sum(top1) / 3))
-        panels[stream][order] = curve
-        columns = {f"epoch {epoch}": top1 for epoch, top1 in curve}
-        rows.append({"exits of": stream, "order": order, **columns})
-    common.plot(panels, "epoch", "top-1 of held-out clips, mean of exits 1-3", path)
+def measure_flatness(streams, exits, data, args):
+    """hessian_trace of each network and its exits, on 128 training videos -> rows"""
+    chosen = np.random.default_rng(args.seed).permutation(len(data.train))[:128]
+    batches = []
+    for batch in make_loader([data.train[index] for index in chosen], data.undecodable, args):
+        batches.append(network_inputs(batch, args) | frozen_features(streams, batch, args))
+    streams.requires_grad_()
+    rows = []
+    for stream, name in STREAMS.items():
+        modules = {"network": streams.nets[stream]}
+        for schedule in args.schedules:
+            modules[f"{schedule} exits"] = exits.heads[schedule][stream]
+        for part, module in modules.items():
+            row = {"stream": name, "of": part}
+            rows.append(row | hessian_trace(module, stream, batches, args.seed))
     return rows
 
 
-def flatness(streams, exits, data, args, clips=128):
-    """How flat minima of networks and exits are, on some training clips in the test view"""
-    chosen = np.random.default_rng(args.seed).permutation(len(data.train))[:clips]
-    part = common.Clips([data.train[i] for i in chosen], args.segments, None, "coded",
-                        copies=args.copies)
-    batches = {}
-    for batch in common.ClipLoader(part, args.batch_size, args.workers, bad=data.bad):
-        labels, outputs = run_frozen(streams.eval(), batch, None, args)
-        for stream, x in see(batch, args).items():
-            batches.setdefault(stream, []).append((x, outputs[stream][:3], labels))
-    rows = [minimum(name, net, batches[name], args) for name, net in streams.nets.items()]
-    for order, stream in itertools.product(args.order, STREAMS):
-        heads = exits.heads[order][stream]
-        rows.append(minimum(f"{order}-{stream}", heads, batches[stream], args))
-    return rows
-
-
-def minimum(name, module, batches, args, probes=30):
-    """The trace of the Hessian H of the cross entropy, of exits the sum of three, in eval(), by
-    Hutchinson: E[v H v], v of +1 and -1. Clips that cannot be decoded, label -1, do not count. ->
-    row, mean and standard error over the probes"""
-    module = copy.deepcopy(module).eval().requires_grad_()
-    torch.manual_seed(args.seed)
-    weights, traces = list(module.parameters()), np.zeros(probes)
-    count = sum((y >= 0).sum() for _, _, y in batches)
-    for n in range(probes):
-        v, loss = [torch.randn_like(w).sign() for w in weights], 0.
-        for x, maps, y in batches:  # memory holds the graph of one batch
+def hessian_trace(module, stream, batches, seed, probes=30):
+    """Trace of the Hessian H of the cross-entropy of a network, or of its three exits together.
+    Hutchinson's estimate: tr H = E[v^T H v] for random v of +1 and -1. batches: network_inputs and
+    frozen_features; label -1 does not count. -> loss, trace, its standard error over probes"""
+    weights = list(module.parameters())
+    num_videos = sum((batch["labels"] >= 0).sum() for batch in batches)
+    traces = np.zeros(probes)
+    torch.manual_seed(seed)
+    for n in tqdm(range(probes), "flatness", leave=False, disable=None):
+        v = [torch.randn_like(w).sign() for w in weights]
+        loss = 0.
+        for batch in batches:  # one by one: memory holds the graph of one batch
             if isinstance(module, nn.ModuleList):
-                logits = [head(f, args.segments) for head, f in zip(module, maps, strict=True)]
+                logits = apply_exits(module, batch, stream)
             else:
-                logits = [module(x)[1]]
-            terms = [F.cross_entropy(z, y, ignore_index=-1, reduction="sum") for z in logits]
-            share = sum(terms) / count
-            slopes = torch.autograd.grad(share, weights, create_graph=True)
-            Hv = torch.autograd.grad(slopes, weights, v)
-            traces[n] += sum((a * b).sum().item() for a, b in zip(Hv, v, strict=True))
-            loss += share.item()
-    return {"minimum": name, "loss": loss, "trace": traces.mean(),
-            "standard error": traces.std(ddof=1) / probes ** .5}
+                logits = [module(batch[stream])[1]]
+            ce = [F.cross_entropy(z, batch["labels"], ignore_index=-1, reduction="sum")
+                  for z in logits]
+            batch_loss = sum(ce) / num_videos
+            grads = torch.autograd.grad(batch_loss, weights, create_graph=True)
+            Hv = torch.autograd.grad(grads, weights, v)
+            for Hv_w, v_w in zip(Hv, v, strict=True):
+                traces[n] += (Hv_w * v_w).sum().item()
+            loss += batch_loss.item()
+    return {"loss": loss, "trace": traces.mean(), "standard error": traces.std(ddof=1) / probes**.5}
 
 
-def draw_streams(data, args, path):
-    """A row per test clip: I-frame, accumulated motion (colour: direction, saturation: length),
-    residual (grey: 0), reconstructed frame."""
-    clips, tiles = common.Clips(data.test, args.segments, None, "coded", copies=args.copies), []
-    for n in range(0, len(clips), -(-len(clips) // 6)):
-        coded = clips[0, n].video
-        mv, r, i = (part[args.segments // 2][None] for part in common.modalities(coded))
-        pictures = {"I-frame": i, f"motion, up to {mv.norm(dim=1).max():.0f} px": flow_to_image(mv),
-                    "residual": (128 + r).clamp(0, 255),
-                    data.classes[data.test[n][1]]: common.warp(i, mv).round() + r}
-        for name, picture in pictures.items():
-            zoom = F.interpolate(picture.float(), scale_factor=192 / coded.size[0])[0].byte()
-            zoom = F.pad(TF.center_crop(zoom, [192, 256]), (0, 0, 16, 0))
-            tiles.append(draw_bounding_boxes(zoom, torch.tensor([[0, 0, 255, 207]]), [name], "red"))
-    with common.renamed(path) as part:
-        part.write_bytes(bytes(encode_png(make_grid(tiles, 4)).numpy()))
-
-
-def table(rows):
-    """Dicts with the same keys -> aligned text"""
-    lines = [list(rows[0])]
-    for row in rows:
-        lines.append([f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
-
-
-def write_record(path, args, data, results, log, began):
-    """run.json: flags, versions, machine and numbers; metrics.jsonl: a row per epoch"""
-    versions = {name: version(name) for name in ("torch", "open_clip_torch", "av", "numpy")}
-    record = {"flags": vars(args), "versions": versions, "machine": MACHINE, "bad": data.bad,
-              "notes": data.notes(), "results": results, "seconds": time.time() - began}
-    with common.renamed(path) as part:
-        part.write_text(json.dumps(record, indent=1))
-    with common.renamed(path.with_name("metrics.jsonl")) as part:
-        part.write_text("\n".join(map(json.dumps, log)))
-
-
-# ---- flags and main ------------------------------------------------------------------------------
-
-
-def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--data", default="toy", help="toy, or a folder; the README lists the formats")
-    add("--split", type=common.which_split, default=1, choices=(1, 2, 3, "all"), help="of lists")
-    add("--allow-missing", action="store_true", help="go on without missing clips")
-    add("--shots", type=int, default=0, help="training clips of each class; 0: all")
-    add("--label-noise", type=float, default=0., help="share of training labels made wrong")
-    add("--reencode", action="store_true", help="use copies in CoViAR's form, made in OUT/cache")
-    add("--segments", type=int, default=3, help="S, frames per clip")
-    add("--size", type=int, default=224, help="pixels; 32 for toy clips")
-    add("--holdout", type=float, default=.2, help="share of training clips kept for wise_infer.py")
-    add("--networks", nargs=3, metavar=("MV", "R", "I"), default=["resnet18", "resnet18",
-        "resnet50"], help="ResNets of torchvision (the paper's) or toy; toy for toy clips")
-    add("--imagenet", action="store_true", help="start from ImageNet's weights, toys from those "
-        "of drawn stills")
-    add("--order", nargs="+", choices=[*ORDERS, "all"], default=["ce", "progressive"], help="eq. 3")
-    add("--third-teacher", choices=("self", "i"), default="self", help="of eq. (3)")
-    add("--tau", type=float, default=1., help="temperature of eq. (2)")
-    add("--degrade", choices=STREAMS, help="this network stops learning after one epoch")
-    add("--flatness", action="store_true", help="measure how flat the minima are")
-    add("--epochs", type=int, default=120, help="of the networks; 14 for toy clips")
-    add("--exit-epochs", type=int, default=60, help="of the exits; 18 for toy clips")
-    add("--batch-size", type=int, default=32, help="of all processes together")
-    add("--lr", type=float, nargs="+", default=[1e-3], help="of mv, r, i, or one for all; 3e-3 for "
-        "toys, else .01 .005 .0003 with --imagenet")
-    add("--compile", action="store_true", help="torch.compile the three networks")
-    add("--seed", type=int, default=0, help="of initial weights, order and augmentation")
-    add("--seeds", type=int, nargs="*", default=[], help="one run each, and mean, as --split all")
-    add("--out", default="runs", help="folder for runs and the cache")
-    add("--resume", action="store_true", help="go on with a run that was killed")
-    add("--workers", type=int, default=max(1, min(16, os.cpu_count() - 1)), help="that decode")
-    args, _ = parser.parse_known_args(argv)
-    if args.data == "toy":
-        parser.set_defaults(size=32, epochs=14, exit_epochs=18, networks=["toy"] * 3)
-    if args.imagenet:
-        parser.set_defaults(lr=[.01, .005, .0003])
-    if "toy" in parser.parse_known_args(argv)[0].networks:
-        parser.set_defaults(lr=[3e-3])
-    args = parser.parse_args(argv)
-    args.lr = args.lr * 3 if len(args.lr) == 1 else args.lr
-    args.order = list(ORDERS) if "all" in args.order else list(dict.fromkeys(args.order))
-    copies = f"{args.out}/cache/{Path(args.data).resolve().name}-mpeg4"
-    args.copies = copies if args.reencode else None
-    if min(args.segments, args.epochs, args.exit_epochs, args.batch_size) < 1:
-        parser.error("--segments, --epochs, --exit-epochs, --batch-size take 1 or more")
-    if args.size < 32 or not (0 <= args.holdout < 1 and 0 <= args.label_noise <= 1):
-        parser.error("--size takes 32 or more, --holdout and --label-noise 0 to 1")
-    if not 0 <= args.seed < 2 ** 63 or min(args.shots, args.workers) < 0:
-        parser.error("--seed, --shots, --workers take 0 or more")
-    if len(args.lr) != 3 or not all(0 < x < math.inf for x in (*args.lr, args.tau)):
-        parser.error("--lr takes one number or three; --lr, --tau: more than 0")
-    return args
-
-
-def refuse_unfit(data):
-    """Raises BadInput where a clip's vectors cannot be followed."""
-    for path, _ in data.train + data.test:
-        with contextlib.suppress(common.BadVideo):
-            if reason := common.video_index(path).unfit:
-                raise common.BadInput(f"{path}: {reason}; add --reencode, which works on copies")
+# ---- main and report -----------------------------------------------------------------------------
 
 
 def main(argv=None):
-    """Train three networks and their exits, test and measure them. -> numbers"""
-    args, began = parse(argv), time.time()
-    if args.split == "all" or args.seeds:
-        return common.several(main, argv, args.split, args.seeds or [args.seed])
+    """Train the networks, then their exits; test and report. -> results"""
+    args = parse(argv)
+    start_time = time.time()
     if "toy" in args.networks:
-        torch.set_num_threads(1)  # small networks run faster on one thread
-    if WORLD > 1:
-        dist.init_process_group("nccl" if GPU else "gloo", timeout=datetime.timedelta(hours=12),
-                                device_id=DEVICE if GPU else None)  # 12: copies may be made
-    cache = Path(args.out) / "cache"
-    data = common.read_data(args.data, args.split, args.allow_missing, cache, "toy-pairs")
-    if not args.reencode:
-        refuse_unfit(data)
-    args.clips = data.digest()  # for wise_infer.py
-    data, held = common.hold_out(data, args.holdout, args.seed)
-    data = common.few_shot(data, args.shots, args.seed)
-    data = common.noisy_labels(data, args.label_noise, args.seed)
+        torch.set_num_threads(1)  # small networks are faster on one thread
+    join_processes()
+
+    # data; wise_infer.py holds out the same videos
+    cache = Path(args.out, "cache")
+    data = common.load_dataset(args.data, args.split, args.allow_missing, cache, "toy-pairs")
+    digest = data.digest()
+    data, held_out = common.hold_out_videos(data, args.holdout, args.seed)
+    data = common.subsample_shots(data, args.shots, args.seed)
+    data = common.corrupt_labels(data, args.label_noise, args.seed)
+
+    # networks
     torch.manual_seed(args.seed)
-    streams = Streams(args.networks, len(data.classes), args.imagenet, cache).to(DEVICE)
-    exits = Exits(streams, args.order, len(data.classes), args.seed).to(DEVICE)
-    if args.compile:
-        torch.compiler.config.recompile_limit = 64  # networks x batch sizes x training, testing
-        for net in streams.nets.values():
-            net.compile()
-    run = run_folder("pkd_compressed", data, args)
-    if RANK == 0:
-        print(f"{data}, {len(held)} held out; {WORLD} process(es), {MACHINE}", flush=True)
+    streams = Streams(args.networks, len(data.classes), args.imagenet).to(DEVICE)
+    exits = Exits(streams, args.schedules, len(data.classes), args.seed).to(DEVICE)
 
-    log = train_streams(streams, data, args, run)
-    log += train_exits(streams, exits, data, held, args, run)
-    top1 = evaluate(streams, exits, data.test, data.bad, args)
-    if WORLD > 1:
+    # run folder and header
+    folder = make_run_folder("pkd_compressed", args)
+    metadata = {"flags": vars(args), "digest": digest, "classes": data.classes}
+    if RANK == 0:
+        save_results(folder, data, args, {}, [], start_time)  # --resume reads the flags
+        can_flip = allowed_flips(data, args)
+        never = [name for name, flip in zip(data.classes, can_flip, strict=True) if not flip]
+        print(f"run: {folder}\n{data}; {len(held_out)} training videos held out\nnever flipped: "
+              f"{', '.join(never) or 'none'}; {args.segments} frames per video; {WORLD_SIZE} "
+              f"process(es), {DEVICE_NAME}", flush=True)
+
+    # train, test
+    history = train_networks(streams, data, metadata, folder, args)
+    history += train_exits(streams, exits, data, held_out, metadata, folder, args)
+    results = evaluate(streams, exits, data.test, data.undecodable, args)
+    if WORLD_SIZE > 1:
         dist.destroy_process_group()
-    minima = flatness(streams, exits, data, args) if args.flatness and RANK == 0 else []
     if RANK == 0:
-        report(top1, minima, data, held, args, log, run, began)
-    return {"top1": top1, "flatness": minima}
+        names = [*STREAMS.values(), *[f"{schedule}_mean" for schedule in args.schedules]]
+        results["scores"] = {name: results[name] for name in names}
+        if args.flatness:
+            results["flatness"] = measure_flatness(streams, exits, data, args)
+        save_results(folder, data, args, results, history, start_time)
+        draw_modalities(data.test, data.classes, args, folder / "modalities.png")
+        report(results, data, args, start_time)
+    return results
 
 
-def report(top1, minima, data, held, args, log, run, began):
-    """Write record and pictures; print tables and RESULT."""
-    rows = []
-    for stream, k in itertools.product(STREAMS, (1, 2, 3)):
-        row = {order: top1[f"{order}-{stream}{k}"] for order in args.order}
-        rows.append({"exit": f"{stream}{k}", **row, "whole network": top1[f"{stream}4"]})
-    print(f"{table(rows)}\ntop-1 of {len(data.test)} test clips, chance 1/{len(data.classes)}")
-    if minima:
-        print(f"{table(minima)}\ntrace of the Hessian, of exits the sum of three; the paper finds "
-              f"i < r < mv")
-    if held:
-        print(f"{table(phases(log, args, run / 'phases.png'))}\ntop-1 of {len(held)} held-out "
-              f"clips, mean of exits 1-3, after sixths 1, 2, 4, 5, 6 of the training\n"
-              f"NOTE with {len(held)} clips held out, top-1 does not compare with the paper's")
-    for note in data.notes():
-        print(f"NOTE {note}")
-    write_record(run / "run.json", args, data, {"top1": top1, "flatness": minima}, log, began)
-    draw_streams(data, args, run / "run.png")
-    scores = [f"{name}={x:.4f}" for name, x in top1.items()]
-    print(f"record, checkpoints, pictures: {run}\nRESULT pkd_compressed data={data.name} "
-          f"split={args.split} seed={args.seed}", *scores, f"seconds={time.time() - began:.0f}")
+def report(results, data, args, start_time):
+    print("exit      ", *[f"{schedule:>11}" for schedule in args.schedules])
+    exits = [f"{name}{k}" for name, k in product(STREAMS.values(), (1, 2, 3))]
+    for name in (*exits, "mean"):
+        top1 = [results[f"{schedule}_{name}"] for schedule in args.schedules]
+        print(f"{name:10}", *[f"{x:11.4f}" for x in top1])
+    print(f"Top-1 after each schedule; {len(data.test)} test videos, chance 1/{len(data.classes)}")
+    for row in results.get("flatness", ()):
+        print("{stream:8} {of:17} loss {loss:.4g}, trace of its Hessian {trace:.4g} "
+              "+- {standard error:.2g}".format_map(row))
+    for warning in data.warnings():
+        print(f"NOTE {warning}")
+    numbers = " ".join([f"{name}={x:.4f}" for name, x in results["scores"].items()])
+    print(f"RESULT pkd_compressed data={data.name} split={args.split} seed={args.seed} {numbers} "
+          f"seconds={time.time() - start_time:.0f}")
+
+
+def draw_modalities(videos, classes, args, path):
+    """A row for the first of videos [(path, label)] in each of six classes"""
+    rows = [draw_labels(["I-frame", "accumulated\nmotion", "residual\n(grey: 0)",
+                         "P-frame = moved\nI-frame + residual"])]
+
+    # the colour wheel: a motion from the centre to a colour has this colour
+    axis = torch.linspace(-1, 1, 52)
+    wheel = torch.stack(torch.meshgrid(axis, axis, indexing="xy"))              # (2, 52, 52)
+    rows[0][:, 4:56, 348:400] = flow_to_image(wheel * (wheel.norm(dim=0) < 1)) / 255
+
+    dataset = common.CompressedDataset(videos, 1, args.copies)
+    labels = [label for _, label in videos]
+    present = sorted(set(labels))
+    for label in present[::max(1, len(present) // 6)][:6]:
+        video = dataset[0, labels.index(label)].video
+        mv, residual, i_frame = common.split_modalities(video)
+        p_frame = common.warp(i_frame, mv).round() + residual
+        pictures = torch.cat([i_frame, flow_to_image(mv), 128 + residual, p_frame])  # (4, 3, H, W)
+        size = 200 * mv.shape[2] // mv.shape[3], 200
+        pictures = F.interpolate(pictures / 255, size, mode="bilinear", antialias=True)
+        caption = draw_labels([classes[label], f"up to {mv.norm(dim=1).max():.0f} pixels"])
+        rows += [caption[:, :30], make_grid(pictures, padding=2, pad_value=.8)]
+    save_image(torch.cat(rows, 1), path)
+
+
+def draw_labels(labels):
+    """A label of up to two lines for each column -> (3, 60, 810) in 0..1"""
+    # torchvision draws text only as the label of a box, and in a font of 10 pixels
+    boxes = torch.tensor([[101 * n, 0, 101 * n, 0] for n in range(len(labels))])
+    white = torch.full((3, 30, 405), 255, dtype=torch.uint8)
+    picture = draw_bounding_boxes(white, boxes, labels, "white", label_colors="black") / 255
+    return F.interpolate(picture[None], scale_factor=2, mode="bilinear")[0]
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="toy", help="toy (default), or a folder in a format of the README")
+    add("--split", type=int, default=1, choices=(1, 2, 3), help="train/test split (default: 1)")
+    add("--allow-missing", action="store_true", help="ignore listed videos that do not exist")
+    add("--shots", type=int, default=0, help="training videos per class (default: all)")
+    add("--label-noise", type=float, default=0., help="share of wrong training labels (default: 0)")
+    add("--no-flip", action="store_true", help="never mirror videos in training")
+    add("--holdout", type=float, default=.2,
+        help="share of the training videos that is held out for wise_infer.py (default: 0.2)")
+    add("--reencode", action="store_true", help="work on copies in CoViAR's form, in OUT/cache")
+    add("--segments", type=int, default=3, help="frames per video (default: 3)")
+    add("--size", type=int, help="pixels per side (default: 224, toy data 32)")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--networks", nargs=3, metavar=("MV", "R", "I"),
+        help="toy, or ResNets of torchvision (default: resnet18 resnet18 resnet50, toy data toy)")
+    add("--imagenet", action="store_true", help="start from ImageNet's weights, as in CoViAR")
+    add("--schedules", nargs="+", choices=[*SCHEDULES, "all"], default=["labels", "progressive"],
+        help="who teaches the exits, eq. (3) (default: labels progressive)")
+    add("--third-teacher", choices=("self", "i"), default="self",
+        help="last teacher of progressive (default: self)")
+    add("--tau", type=float, default=1., help="temperature of eq. (2) (default: 1)")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--degrade", choices=STREAMS, help="control: train this network for one epoch only")
+    add("--epochs", type=int, help="epochs of the networks (default: 120, toy data 14)")
+    add("--exit-epochs", type=int, help="epochs of the exits (default: 60, toy data 18)")
+    add("--batch-size", type=int, default=32, help="videos per batch, on all GPUs (default: 32)")
+    add("--lr", type=float, help="learning rate of the networks (default: 1e-3, toy networks 3e-3)")
+    add("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
+    add("--workers", type=int, default=max(1, min(16, os.cpu_count() - 1)),
+        help="number of data loading processes (default: CPU cores - 1, at most 16)")
+    add("--resume", metavar="RUN", help="continue the interrupted run in this folder")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--flatness", action="store_true", help="measure how flat the minima are")
+    add("--out", metavar="FOLDER", default="runs", help="folder of runs and cache (default: runs)")
+
+    # defaults that depend on other flags
+    if parser.parse_args(argv).data == "toy":
+        parser.set_defaults(networks=["toy"] * 3, size=32, epochs=14, exit_epochs=18)
+    else:
+        parser.set_defaults(size=224, epochs=120, exit_epochs=60,
+                            networks=["resnet18", "resnet18", "resnet50"])
+    args = parse_flags(parser, argv, {
+        "epochs": (1, 10**6), "exit_epochs": (1, 10**6), "batch_size": (2, 10**6),
+        "segments": (1, 1000), "size": (32, 10**4),  # the networks reduce it by 32
+        "holdout": (0, .99), "shots": (0, 10**9), "label_noise": (0, 1), "tau": (1e-6, 1e6),
+        "lr": (1e-12, 10), "seed": (0, 2**63 - 1)})
+    if args.imagenet and "toy" in args.networks:
+        parser.error("--imagenet: toy networks have no ImageNet weights")
+    args.schedules = [name for name in SCHEDULES if {name, "all"} & set(args.schedules)]
+    copies = f"{args.out}/cache/{Path(args.data).resolve().name}-mpeg4"
+    args.copies = copies if args.reencode else None
+    return args
+
+
+# ---- the same in every script --------------------------------------------------------------------
+
+
+def parse_flags(parser, argv, limits):
+    """Parse argv, and refuse numbers outside limits, {name: (low, high)}. --resume RUN takes all
+    other flags from the run. -> args"""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    if args.resume:
+        flags = {flag.partition("=")[0] for flag in argv if flag.startswith("--")}
+        others = sorted(flags - {"--resume", "--workers"})
+        if others:
+            parser.error(f"--resume RUN takes its flags from the run; leave out {' '.join(others)}")
+        flags = json.loads(Path(args.resume, "results.json").read_text())["flags"]
+        args = argparse.Namespace(**{**flags, "resume": args.resume, "workers": args.workers})
+    for name, (low, high) in limits.items():
+        if vars(args)[name] is not None and not low <= vars(args)[name] <= high:
+            parser.error(f"--{name.rstrip('_').replace('_', '-')} must be {low} to {high}")
+    return args
+
+
+def autocast():
+    """bf16 on a GPU, fp32 on a CPU"""
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=USE_CUDA)
+
+
+def warmup_and_cosine(optimizer, steps):
+    warmup = max(1, steps // 10)
+    phases = [LinearLR(optimizer, 1 / warmup, total_iters=warmup),
+              CosineAnnealingLR(optimizer, max(1, steps - warmup))]
+    return SequentialLR(optimizer, phases, [warmup])
+
+
+def join_processes():
+    """Join the group of processes that torchrun has started."""
+    if WORLD_SIZE > 1:
+        if USE_CUDA:
+            torch.cuda.set_device(DEVICE)
+        # the others wait while process 0 makes cached files, which may take hours
+        dist.init_process_group("nccl" if USE_CUDA else "gloo", timeout=timedelta(hours=12))
+
+
+def make_run_folder(script, args):
+    """Create OUT/SCRIPT/DATA-sSPLIT-seedSEED-TIME, or take the folder of --resume -> its path"""
+    if args.resume:
+        return Path(args.resume)
+    name = f"{Path(args.data).resolve().name}-s{args.split}-seed{args.seed}"
+    folder = Path(args.out, script, f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}")
+    if RANK == 0:  # only this process writes
+        folder.mkdir(parents=True)
+    return folder
+
+
+def save_results(folder, data, args, results, history, start_time):
+    """Write results.json: flags, results, the metrics of each epoch, versions and machine."""
+    record = {"flags": vars(args), "results": results, "epochs": history, "machine": DEVICE_NAME,
+              "seconds": time.time() - start_time, "warnings": data.warnings(),
+              "undecodable": data.undecodable,
+              "versions": {name: version(name) for name in ("torch", "open_clip_torch", "av")}}
+    with common.atomic_write(folder / "results.json") as path:
+        path.write_text(json.dumps(record, indent=1))
+
+
+def log_and_checkpoint(metrics, history, epochs, path, metadata, modules):
+    """Print the metrics of an epoch and save a checkpoint from which --resume continues; the last
+    one holds no optimizer. modules: {name: module, optimizer or schedule}"""
+    history.append(metrics)
+    if len(history) == epochs:
+        modules = {name: x for name, x in modules.items() if isinstance(x, nn.Module)}
+    if RANK == 0:
+        cells = [f"{name} {x:7.4f}" if isinstance(x, float) else f"{name} {x}"
+                 for name, x in metrics.items()]
+        print("  ".join(cells), flush=True)
+        state = {name: module.state_dict() for name, module in modules.items()}
+        common.save_checkpoint({**metadata, **state, "history": history}, path)
+
+
+def resume_training(path, metadata, modules):
+    """Load the checkpoint of an interrupted run, if there is one -> its history, a list of dicts"""
+    if not path.exists():
+        return []
+    saved = common.read_checkpoint(path, "history", "digest")
+    if saved["digest"] != metadata["digest"]:
+        raise common.BadInput(f"{path}: the videos have changed since this run started")
+    for name, module in modules.items():
+        if isinstance(module, nn.Module) or name in saved:  # a finished run has no optimizer
+            common.load_state_dict(module, saved.get(name), path, name)
+    return saved["history"]
+
+
+def epoch_means(losses, epoch):
+    """Losses (n,) of each batch of an epoch -> their means, a list. Raises BadInput for nan."""
+    losses = torch.stack(losses)                                                # (steps, n)
+    finite = losses.isfinite().all(1).tolist()
+    if not all(finite):
+        raise common.BadInput(f"epoch {epoch + 1}, batch {finite.index(False) + 1}: the loss is "
+                              f"not finite; try a lower --lr")
+    return losses.mean(0).tolist()
+
+
+def run_cli(main):
+    """Run main(). A mistake that the user can fix ends in one line."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; --resume RUN continues after the last finished epoch")
+    except torch.cuda.OutOfMemoryError:
+        sys.exit("out of GPU memory; try a smaller --batch-size or fewer --frames")
+    except (common.BadInput, OSError) as error:
+        # an error of a worker comes with its traceback, which ends with the message
+        sys.exit(f"{Path(sys.argv[0]).name}: {str(error).splitlines()[-1]}")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    run_cli(main)

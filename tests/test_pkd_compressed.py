@@ -1,12 +1,12 @@
-"""pkd_compressed.py: its equations, what stays frozen, what a teacher alone teaches, kills."""
+"""pkd_compressed.py: equations, what is frozen, exits that learn from a teacher alone, resume."""
 import dataclasses
 import functools
-import itertools
 import json
 import shutil
 import sys
 from collections import Counter
 from fractions import Fraction
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,51 +19,62 @@ import common
 import pkd_compressed
 import wise_infer
 from pkd_compressed import (
-    ORDERS,
+    SCHEDULES,
     STREAMS,
     Exits,
     Streams,
-    adamw,
+    build_optimizer,
     evaluate,
     exits_loss,
+    hessian_trace,
     main,
-    minimum,
     parse,
-    phases,
     soft_cross_entropy,
-    teacher_at,
+    teacher_for_step,
     train_exits,
+    train_networks,
 )
 
 FAST = ("--networks", "toy", "toy", "toy", "--size", 32, "--workers", 0, "--batch-size", 12,
         "--segments", 1, "--epochs", 2, "--exit-epochs", 3)
+TRAINED = "labels", "progressive", "anti"  # schedules of the fixture base
+EXITS = [f"{name}{k}" for name, k in product(STREAMS.values(), (1, 2, 3))]
 
 
-def go(*flags):
+def run_main(*flags):
     return main([str(flag) for flag in flags])
 
 
-def state(out, name="last.pt"):
+def parse_fast(*flags):
+    return parse([str(flag) for flag in ("--data", "none", *FAST, *flags)])
+
+
+def checkpoint(out, name="last.pt"):
     return torch.load(next(out.rglob(name)), weights_only=True)
 
 
-def log(out):
-    rows = []
-    for line in next(out.rglob("metrics.jsonl")).read_text().splitlines():
-        row = json.loads(line)
-        rows.append({key: x for key, x in row.items() if key not in ("stage", "clips_per_s")})
-    return rows
+def record(out):
+    return json.loads(next(out.rglob("results.json")).read_text())
 
 
-def same(a, b):
+def history(out):
+    """The numbers of each epoch"""
+    return [numbers(row) for row in record(out)["epochs"]]
+
+
+def numbers(row):
+    return {key: x for key, x in row.items() if key != "variant"}
+
+
+def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def networks(streams=None, exits=None, orders=ORDERS):
-    """Networks and exits with these weights, or as they start"""
+def networks(streams=None, exits=None, schedules=TRAINED):
+    """Networks and exits with these weights, or with their initial ones"""
     torch.manual_seed(0)
-    nets = Streams(["toy"] * 3, 12, False, None)
-    heads = Exits(nets, orders, 12, 0)
+    nets = Streams(["toy"] * 3, 12)
+    heads = Exits(nets, schedules, 12, 0)
     if streams:
         nets.load_state_dict(streams)
     if exits:
@@ -71,55 +82,71 @@ def networks(streams=None, exits=None, orders=ORDERS):
     return nets.eval(), heads.eval()
 
 
+def correct_by_hand(saved, videos, schedule="progressive"):
+    """Correct predictions, counted one video after the other: {"motion1": number, ...}"""
+    correct = Counter()
+    nets, exits = networks(saved["streams"], saved["exits"], saved["flags"]["schedules"])
+    for path, label in videos:
+        indices = common.p_frame_indices(path)
+        middle = indices[common.tsn_indices(len(indices), saved["flags"]["segments"])]
+        x = common.compressed_inputs([common.read_compressed(path, middle)], 32)
+        for stream, name in STREAMS.items():
+            heads = exits.heads[schedule][stream]
+            logits = common.exit_logits(nets.nets[stream], heads, x[stream])
+            correct.update(f"{name}{k}" for k, z in enumerate(logits, 1) if z.argmax() == label)
+    return correct
+
+
 @pytest.fixture(scope="module")
 def base(coded, tmp_path_factory):
-    """One run of all orders, and the files that it read before it came to the test."""
-    out, read, real = tmp_path_factory.mktemp("base"), set(), common.read_compressed
-    noted = SimpleNamespace(out=out)
+    """A run of three schedules, and the files that it read before the test"""
+    out = tmp_path_factory.mktemp("base")
+    read_compressed, files = common.read_compressed, set()
+    run = SimpleNamespace(out=out)
 
-    def reads(path, *more):
-        read.add(path)
-        return real(path, *more)
+    def noted_read(path, *more, **flags):
+        files.add(path)
+        return read_compressed(path, *more, **flags)
 
-    def tests(*given):
-        noted.training = set(read)
-        found = evaluate(*given)
-        read.intersection_update(noted.training)  # what tests read is another matter
-        return found
+    def noted_evaluate(*given):
+        run.files_of_training = set(files)
+        results = evaluate(*given)
+        files.intersection_update(run.files_of_training)  # what a test reads does not count
+        return results
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "read_compressed", reads)
-        patch.setattr(pkd_compressed, "evaluate", tests)
-        noted.top1 = go("--data", coded, *FAST, "--order", "all", "--out", out)["top1"]
-    return noted
+        patch.setattr(common, "read_compressed", noted_read)
+        patch.setattr(pkd_compressed, "evaluate", noted_evaluate)
+        run.results = run_main("--data", coded, *FAST, "--schedules", *TRAINED, "--out", out)
+    return run
 
 
-# ---- the equations
+# ---- equations
 
 
 @pytest.mark.parametrize("tau", [1, 2, 5])
-def test_losses_and_their_gradients_in_closed_form(tau):
+def test_losses_and_gradients_in_closed_form(tau):
     """Mean over B, sum over K and over the exits, no tau^2; a gradient stays in its exit."""
     generator = torch.Generator().manual_seed(tau)
-    z = 2 * torch.randn(4, 6, 5, generator=generator, dtype=torch.float64)
-    labels, (z_t, *own) = torch.tensor([0, 1, 2, 3, 4, 0]), z
-    own = [z_k.requires_grad_() for z_k in own]
-    p, truth = (z_t / tau).softmax(1), F.one_hot(labels, 5)
-    for target, temperature, teacher in ((p, tau, z_t), (truth, 1, None)):
-        loss, wanted = exits_loss(own, labels, teacher, tau), 0.
-        for z_k in own:
+    logits = 2 * torch.randn(4, 6, 5, generator=generator, dtype=torch.float64)
+    labels, (z_t, *z) = torch.tensor([0, 1, 2, 3, 4, 0]), logits
+    z = [z_k.requires_grad_() for z_k in z]
+    for target, temperature, teacher_logits in (
+            ((z_t / tau).softmax(1), tau, z_t), (F.one_hot(labels, 5), 1, None)):
+        loss, expected = exits_loss(z, labels, teacher_logits, tau), 0.
+        for z_k in z:
             e = np.exp(z_k.detach().numpy() / temperature)
-            wanted -= (target.numpy() * np.log(e / e.sum(1, keepdims=True))).sum() / 6
-        assert loss.item() == pytest.approx(wanted, abs=1e-12)
-        for z_k, found in zip(own, torch.autograd.grad(loss, own), strict=True):
-            slope = ((z_k / temperature).softmax(1) - target) / (temperature * 6)
-            torch.testing.assert_close(found, slope.detach(), rtol=0, atol=1e-12)
-    alone = [soft_cross_entropy(z_k, z_t, tau) for z_k in own]
-    torch.testing.assert_close(exits_loss(own, 0 * labels, z_t, tau), sum(alone))
+            expected -= (target.numpy() * np.log(e / e.sum(1, keepdims=True))).sum() / 6
+        assert loss.item() == pytest.approx(expected, abs=1e-12)
+        for z_k, gradient in zip(z, torch.autograd.grad(loss, z), strict=True):
+            expected = ((z_k / temperature).softmax(1) - target) / (temperature * 6)
+            torch.testing.assert_close(gradient, expected.detach(), rtol=0, atol=1e-12)
+    sum_over_exits = sum(soft_cross_entropy(z_k, z_t, tau) for z_k in z)
+    torch.testing.assert_close(exits_loss(z, 0 * labels, z_t, tau), sum_over_exits)
 
 
 @pytest.mark.parametrize("gap", [200., 1e4])
-def test_soft_loss_is_finite_where_the_logits_are_far_apart(gap):
+def test_soft_cross_entropy_is_finite_for_distant_logits(gap):
     z = torch.tensor([[gap, 0., 0.], [0., gap, 0.]], requires_grad=True)
     loss = soft_cross_entropy(z, z.detach().flip(0), 1.)
     loss.backward()
@@ -128,202 +155,208 @@ def test_soft_loss_is_finite_where_the_logits_are_far_apart(gap):
     assert soft_cross_entropy(z, z, 1.).item() == 0
 
 
-def test_teachers_change_at_a_sixth_and_a_third():
-    for stream, third, steps in itertools.product(STREAMS, ("self", "i"), (1, 2, 5, 6, 7, 300)):
-        final, wanted = {"self": stream, "i": "i"}[third], []
-        for t in range(steps):
-            early = "mv" if Fraction(t, steps) < Fraction(1, 6) else "r"
-            wanted.append(early if Fraction(t, steps) < Fraction(1, 3) else final)
-        found = {}
-        for order in ORDERS:
-            found[order] = [teacher_at(t, steps, order, stream, third) for t in range(steps)]
-        assert found == {"ce": [None] * steps, "progressive": wanted, "anti": wanted[::-1],
-                         "iframe": ["i"] * steps, "self": [stream] * steps}
-    assert wanted == ["mv"] * 50 + ["r"] * 50 + ["i"] * 200  # epochs of the paper's code
+def test_teachers_change_after_one_and_two_sixths():
+    for stream, third_teacher, steps in product(STREAMS, ("self", "i"), (1, 2, 5, 6, 7, 300)):
+        third = {"self": stream, "i": "i"}[third_teacher]
+        progressive = []
+        for step in range(steps):
+            second = "mv" if Fraction(step, steps) < Fraction(1, 6) else "r"
+            progressive.append(second if Fraction(step, steps) < Fraction(1, 3) else third)
+        teachers = {}
+        for schedule in SCHEDULES:
+            teachers[schedule] = [teacher_for_step(step, steps, schedule, stream, third_teacher)
+                                  for step in range(steps)]
+        assert teachers == {
+            "labels": [None] * steps, "progressive": progressive, "anti": progressive[::-1],
+            "iframe": ["i"] * steps, "self": [stream] * steps}
+    assert progressive == ["mv"] * 50 + ["r"] * 50 + ["i"] * 200  # epochs of the paper's code
 
 
 # ---- training
 
 
-def test_exit_training_leaves_the_networks_alone_and_moves_every_exit(base):
-    end, fresh = state(base.out), networks()[1].state_dict()
-    assert same(end["streams"], state(base.out, "streams-last.pt")["streams"])
-    assert any("running_mean" in key for key in end["streams"])  # BatchNorm's statistics, too
-    for key, start in fresh.items():
-        assert torch.equal(start, fresh[f"heads.ce.{key.split('.', 2)[2]}"])  # all start alike
-        assert not torch.equal(start, end["exits"][key]), key
+def test_training_of_exits_freezes_the_networks_and_changes_every_exit(base):
+    last, initial = checkpoint(base.out), networks()[1].state_dict()
+    assert same_weights(last["streams"], checkpoint(base.out, "networks-last.pt")["streams"])
+    assert any("running_mean" in key for key in last["streams"])  # statistics of BatchNorm, too
+    for key, start in initial.items():
+        labels_key = f"heads.labels.{key.split('.', 2)[2]}"
+        assert torch.equal(start, initial[labels_key])  # schedules start from the same weights
+        assert not torch.equal(start, last["exits"][key]), key
 
 
-def test_no_held_out_and_no_test_clip_is_read_in_training(base, coded):
-    data = common.read_data(coded)
-    rest, held = common.hold_out(data, .2, 0)
-    assert len(held) == 12
-    assert base.training == {path for path, _ in rest.train}
-    assert not base.training & {path for path, _ in held + data.test}
+def test_checkpoint_has_what_wise_infer_reads(base, coded):
+    last = checkpoint(base.out)
+    assert last["digest"] == common.load_dataset(coded).digest()
+    assert {"classes", "streams", "exits"} < set(last)
+    assert {"data", "split", "seed", "holdout", "shots", "label_noise", "segments", "size",
+            "networks", "copies", "schedules"} < set(last["flags"])
+    assert "optimizer" not in last
 
 
-def test_held_out_clips_are_counted_at_the_ends_of_phases(base, coded):
-    """Of three epochs: after sixths 2 and 4 or 5, and at the end, where last.pt repeats it."""
-    rows = log(base.out)[2:]
-    for row in rows:
-        assert list(row["held-out"]) == list(base.top1)
-    _, held = common.hold_out(common.read_data(coded), .2, 0)
-    right = recount(state(base.out), held)
-    for stream, k in itertools.product(STREAMS, (1, 2, 3)):
-        wanted = pytest.approx(right[f"{stream}{k}"] / 12)
-        assert rows[-1]["held-out"][f"progressive-{stream}{k}"] == wanted
-    picture = next(base.out.rglob("phases.png"))
-    found = phases(log(base.out), SimpleNamespace(order=ORDERS), picture)
-    for (stream, order), line in zip(itertools.product(STREAMS, ORDERS), found, strict=True):
-        wanted = {"exits of": stream, "order": order}
-        for row in rows:
-            right = [row["held-out"][f"{order}-{stream}{k}"] for k in (1, 2, 3)]
-            wanted[f"epoch {row['epoch']}"] = sum(right) / 3
-        assert line == wanted
-    assert picture.stat().st_size > 10_000
+def test_training_reads_no_held_out_and_no_test_video(base, coded):
+    data = common.load_dataset(coded)
+    rest, held_out = common.hold_out_videos(data, .2, 0)
+    assert len(held_out) == 12
+    assert base.files_of_training == {path for path, _ in rest.train}
+    assert not base.files_of_training & {path for path, _ in held_out + data.test}
 
 
-def test_without_the_cache_the_losses_are_the_same(base, coded, tmp_path, capsys, monkeypatch):
-    """But for the rounding of feature maps to fp16. The third epoch sees crops for the second time.
-    The networks, trained a second time by the same command, are the same to the bit."""
+def test_held_out_accuracy_is_reported_when_teachers_change(base, coded):
+    """Three epochs: after sixths 2, 4 and 6; the last one is that of last.pt."""
+    rows = history(base.out)[2:]
+    for row, schedule in product(rows, TRAINED):
+        assert 0 <= row[f"held_out_{schedule}"] <= 1
+    _, held_out = common.hold_out_videos(common.load_dataset(coded), .2, 0)
+    correct = correct_by_hand(checkpoint(base.out), held_out)
+    mean = sum(correct[name] for name in EXITS) / 9 / 12
+    assert rows[-1]["held_out_progressive"] == pytest.approx(mean)
+
+
+def test_losses_are_the_same_without_the_feature_cache(base, coded, tmp_path, capsys, monkeypatch):
+    """Except for the rounding of feature maps to fp16. The third epoch repeats the first crops."""
     monkeypatch.setattr(pkd_compressed, "CACHE_GB", 0)
-    go("--data", coded, *FAST, "--order", "all", "--out", tmp_path)
-    assert "GB: every epoch decodes anew" in capsys.readouterr().out
-    assert same(state(tmp_path)["streams"], state(base.out)["streams"])
-    for own, row in zip(log(tmp_path), log(base.out), strict=True):
-        assert own.pop("held-out", {}) == pytest.approx(row.get("held-out", {}), rel=2e-3)
-        assert own == pytest.approx({k: row[k] for k in own}, rel=2e-3)
+    data, held_out = common.hold_out_videos(common.load_dataset(coded), .2, 0)
+    metadata = {"digest": data.digest()}
+    nets = networks(checkpoint(base.out)["streams"], schedules=["progressive"])
+    rows = train_exits(*nets, data, held_out, metadata, tmp_path,
+                       parse_fast("--schedules", "progressive"))
+    assert "features exceed CACHE_GB" in capsys.readouterr().out
+    for row, cached in zip(rows, history(base.out)[2:], strict=True):
+        expected = {name: cached[name] for name in numbers(row)}
+        assert numbers(row) == pytest.approx(expected, rel=5e-4)
 
 
 @pytest.fixture(scope="module")
 def trained(coded, tmp_path_factory):
-    """Networks that know all training clips"""
-    out = tmp_path_factory.mktemp("trained")
-    go("--data", coded, *FAST, "--epochs", 16, "--exit-epochs", 1, "--holdout", 0, "--order", "ce",
-       "--out", out)
-    return state(out)["streams"]
+    """Networks that have learned all training videos"""
+    streams, _ = networks()
+    train_networks(streams, common.load_dataset(coded), {"digest": 0},
+                   tmp_path_factory.mktemp("trained"), parse_fast("--epochs", 16))
+    return streams.state_dict()
 
 
-def taught(streams, data, labels, run, *flags):
-    """Exits trained on the training clips with these labels -> their weights, and their top-1 on
-    these clips with the true ones"""
-    args = parse([str(flag) for flag in ("--data", "none", *FAST, *flags)])
-    nets, exits = networks(streams, orders=args.order)
+def train_exits_on(labels, streams, data, folder, *flags):
+    """Train exits on the training videos with these labels -> weights, top-1 with true labels"""
+    args = parse_fast(*flags)
+    nets, exits = networks(streams, schedules=args.schedules)
     train = [(path, k) for (path, _), k in zip(data.train, labels, strict=True)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "mirrors", lambda _: [False] * 12)  # else flips depend on the label
-        train_exits(nets.train(), exits, dataclasses.replace(data, train=train), [], args, run)
+        patch.setattr(common, "flippable", lambda _: [False] * 12)  # else flips depend on labels
+        train_exits(nets.train(), exits, dataclasses.replace(data, train=train), [],
+                    {"digest": 0}, folder, args)
+    shutil.rmtree(folder)
+    folder.mkdir()
     return exits.state_dict(), evaluate(nets, exits, data.train, {}, args)
 
 
-def of_exits(top1, order):
+def exits_top1(results, schedule):
     """-> (3 streams, 3 exits)"""
-    return np.array([top1[f"{order}-{s}{k}"] for s in STREAMS for k in (1, 2, 3)]).reshape(3, 3)
+    return np.array([results[f"{schedule}_{name}"] for name in EXITS]).reshape(3, 3)
 
 
 def test_exits_learn_from_a_teacher_alone(trained, coded, tmp_path, monkeypatch):
-    """Whatever the labels are, the exits end the same to the bit, and know most of what the teacher
-    knows, also of crops that no exit has seen; exits that labels teach know nothing where these are
-    shuffled. An untrained teacher teaches nothing."""
-    data, found = common.read_data(coded), []
-    truth = [label for _, label in data.train]
-    mixed = np.random.default_rng(0).permutation(truth).tolist()
-    monkeypatch.setattr(pkd_compressed, "CROPS", 4)
-    for labels in (truth, mixed):
-        found.append(taught(trained, data, labels, tmp_path, "--exit-epochs", 12))
-    (a, right), (b, wrong) = found
-    for order in ("ce", "progressive"):
-        alike = [torch.equal(a[key], b[key]) for key in a if order in key]
-        assert all(alike) == (order == "progressive")
-    learned = of_exits(wrong, "progressive")                                    # (3, 3)
-    reached = learned / np.array([[wrong[f"{stream}4"]] for stream in STREAMS])
-    assert learned.min() > .35, learned  # chance is 1/12
-    assert reached.mean() > .75, reached
-    assert reached.min() > .55, reached
-    assert of_exits(right, "ce").mean() > .5, right
-    assert of_exits(wrong, "ce").mean() < .2, wrong
+    """Labels do not matter to them, to the bit. They reach most of their teacher's accuracy, also
+    on crops that no exit has seen. Exits that learn from shuffled labels, or from an untrained
+    teacher, stay at chance."""
+    data = common.load_dataset(coded)
+    labels = [label for _, label in data.train]
+    shuffled = np.random.default_rng(0).permutation(labels).tolist()
+    monkeypatch.setattr(pkd_compressed, "NUM_FIXED_CROPS", 4)
+    flags = trained, data, tmp_path, "--exit-epochs", 12
+    weights, results = train_exits_on(labels, *flags)
+    shuffled_weights, shuffled_results = train_exits_on(shuffled, *flags)
+    for schedule in ("labels", "progressive"):
+        equal = [torch.equal(weights[key], shuffled_weights[key])
+                 for key in weights if schedule in key]
+        assert all(equal) == (schedule == "progressive")
+    top1 = exits_top1(shuffled_results, "progressive")                          # (3, 3)
+    teachers = np.array([[shuffled_results[name]] for name in STREAMS.values()])
+    assert top1.min() > .35, top1  # chance is 1/12
+    assert (top1 / teachers).mean() > .75, top1
+    assert (top1 / teachers).min() > .55, top1
+    assert exits_top1(results, "labels").mean() > .5, results
+    assert exits_top1(shuffled_results, "labels").mean() < .2, shuffled_results
 
-    _, top1 = taught(None, data, truth, tmp_path, "--order", "progressive", "--exit-epochs", 5)
-    assert of_exits(top1, "progressive").mean() < .15, top1
+    _, untrained = train_exits_on(labels, None, data, tmp_path, "--schedules", "progressive",
+                                  "--exit-epochs", 5)
+    assert exits_top1(untrained, "progressive").mean() < .15, untrained
 
 
-def test_learning_rates_of_streams_and_of_imagenet_weights():
-    """The factors of CoViAR's code; without --imagenet a stream has one rate, toys always 3e-3."""
+def test_learning_rates_of_networks_exits_and_imagenet_weights():
+    """--imagenet: the factors of CoViAR's code. Otherwise, one rate for all networks."""
     nets, exits = networks()
-    real = "--networks", "resnet18", "resnet18", "resnet50", "--imagenet"
-    for flags, own, rates in (
-            ((), (.003, .003, .003), (1, 1, 1)), (("--lr", .1, .2, .4), (.1, .2, .4), (1, 1, 1)),
-            (("--imagenet",), (.003, .003, .003), (1, 1, 1)),
-            (real, (.01, .005, .0003), (.1, .01, 1))):
-        args = parse([str(flag) for flag in (*FAST, *flags)])
-        optimizer, _ = adamw(nets, args, 1)  # the first step of warm-up is the whole rate
-        found = {w: g for g in optimizer.param_groups for w in g["params"]}
-        assert len(found) == len(list(nets.parameters()))
+    imagenet = "--networks", "resnet18", "resnet18", "resnet50", "--imagenet"
+    for flags, lrs, (first, middle), eps, exit_lr in (
+            ((), (.003, .003, .003), (1, 1), 1e-8, 3e-3),
+            (("--lr", .1), (.1, .1, .1), (1, 1), 1e-8, 3e-3),
+            (imagenet, (.01, .005, .0003), (.1, .01), 1e-3, 1e-3)):
+        args = parse_fast(*flags)
+        optimizer, _ = build_optimizer(nets, 1, args)  # 1 step: warm-up starts at the full lr
+        groups = {w: group for group in optimizer.param_groups for w in group["params"]}
+        assert len(groups) == len(list(nets.parameters()))
         for name, w in nets.named_parameters():
             _, stream, layer, *_ = name.split(".")
-            first, rest, last = rates
-            factor = {"fc": last, "layers": rest}.get(layer, rest if stream == "i" else first)
-            assert found[w]["lr"] == pytest.approx(own[STREAMS.index(stream)] * factor), name
-            assert found[w]["weight_decay"] == (.01 if w.ndim > 1 else 0), name
-        optimizer, _ = adamw(exits, args, 1)
-        own_lr = 1e-3 if "resnet50" in flags else 3e-3
-        assert {group["lr"] for group in optimizer.param_groups} == {own_lr}
+            first_factor = middle if stream == "i" else first
+            factor = {"fc": 1, "layers": middle}.get(layer, first_factor)
+            lr = lrs[list(STREAMS).index(stream)]
+            assert groups[w]["lr"] == pytest.approx(lr * factor), name
+            assert groups[w]["weight_decay"] == (.01 if w.ndim > 1 else 0), name
+            assert groups[w]["eps"] == eps
+        optimizer, _ = build_optimizer(exits, 1, args)
+        groups = optimizer.param_groups
+        assert {(group["lr"], group["eps"]) for group in groups} == {(exit_lr, 1e-8)}
 
 
 # ---- testing
 
 
-def recount(saved, clips, order="progressive"):
-    """Right answers by hand, one clip after the other: {"mv1": number, ...}"""
-    found = Counter()
-    nets, exits = networks(saved["streams"], saved["exits"], saved["flags"]["order"])
-    for path, label in clips:
-        at = common.p_frames(path)
-        middle = at[common.segment_indices(len(at), saved["flags"]["segments"])]
-        x = common.compressed_view([common.read_compressed(path, middle)], 32)
-        for stream in STREAMS:
-            z = common.exit_logits(nets.nets[stream], exits.heads[order][stream], x[stream])
-            found.update(f"{stream}{k}" for k, z_k in enumerate(z, 1) if z_k.argmax() == label)
-    return found
-
-
-def test_accuracies_are_those_of_a_count_by_hand_and_bad_clips_are_wrong(coded, tmp_path, capsys):
+def test_accuracies_equal_a_count_by_hand_and_undecodable_videos_are_wrong(coded, tmp_path, capsys):
     folder = tmp_path / "some-bad"
     shutil.copytree(coded, folder)
     broken = [folder / name for name in ("train/0003.mp4", "test/0004.mp4")]
     for path in broken:
         path.write_text("no video")
-    found = go("--data", folder, *FAST, "--segments", 2, "--holdout", 0, "--out", tmp_path)
+    results = run_main("--data", folder, *FAST, "--epochs", 1, "--exit-epochs", 1,
+                       "--segments", 2, "--holdout", 0, "--out", tmp_path)
     printed = capsys.readouterr()
-    good = [clip for clip in common.read_data(folder).test if clip[0] != str(broken[1])]
-    right = recount(state(tmp_path), good)
-    assert right.total()  # none would prove nothing
-    for name in ("mv4", "r4", "i4"):
-        assert found["top1"][name] == pytest.approx(right[name] / 24)
-    for name in ("mv1", "mv2", "mv3", "r1", "r2", "r3", "i1", "i2", "i3"):
-        assert found["top1"][f"progressive-{name}"] == pytest.approx(right[name] / 24)
-    assert "NOTE 2 clips cannot be decoded; test clips among them count as wrong" in printed.out
-    record = json.loads(next(tmp_path.rglob("run.json")).read_text())
-    assert record["results"]["top1"] == found["top1"]
+    decodable = [x for x in common.load_dataset(folder).test if x[0] != str(broken[1])]
+    correct = correct_by_hand(checkpoint(tmp_path), decodable)
+    assert correct.total()  # none would prove nothing
+    for name in STREAMS.values():
+        assert results[name] == pytest.approx(correct[f"{name}4"] / 24)
+    for name in EXITS:
+        assert results[f"progressive_{name}"] == pytest.approx(correct[name] / 24)
+    mean = np.mean([results[f"progressive_{name}"] for name in EXITS])
+    assert results["progressive_mean"] == pytest.approx(mean)
+    line = printed.out.splitlines()[-1]
+    names = *STREAMS.values(), "labels_mean", "progressive_mean"
+    assert results["scores"] == {name: results[name] for name in names}
+    cells = " ".join([f"{name}={results[name]:.4f}" for name in names])
+    assert line.startswith(f"RESULT pkd_compressed data=some-bad split=1 seed=0 {cells} seconds=")
+    assert record(tmp_path)["results"] == results
     for path in broken:
-        assert printed.err.count(f"cannot decode {path}: no readable video") == 1
-        assert str(path) in record["bad"]
+        assert printed.err.count(f"cannot decode {path}: ") == 1
+        assert str(path) in record(tmp_path)["undecodable"]
+    assert "2 videos cannot be decoded" in printed.out
+    picture = next(tmp_path.rglob("modalities.png"))
+    assert picture.stat().st_size > 10_000
 
 
-def test_bad_training_clips_do_not_stop_the_test(coded):
-    """Eleven may be few among many training clips, and yet be too many among the test clips."""
-    data, args = common.read_data(coded), parse([str(f) for f in ("--data", "none", *FAST)])
-    data.bad.update((f"{n}.mp4", "no readable video") for n in range(11))
-    found = evaluate(*networks(orders=args.order), data.test, data.bad, args)
-    assert len(found) == 3 + 2 * 9
+def test_undecodable_training_videos_do_not_stop_the_test(coded):
+    """Eleven may be few of the training videos, but too many for the few test videos."""
+    data, args = common.load_dataset(coded), parse_fast()
+    data.undecodable.update((f"{n}.mp4", "no readable video") for n in range(11))
+    results = evaluate(*networks(schedules=args.schedules), data.test, data.undecodable, args)
+    assert len(results) == 3 + 2 * (9 + 1)
 
 
 # ---- flatness
 
 
 class Constant(nn.Module):
-    """Logits b + c, whatever the clip: at b = c = 1 and with as many clips of each of K classes the
-    loss is log K, at a minimum; its Hessian has diag(p) - p p^, p = 1/K, once for each tensor."""
+    """Logits b + c for every video. With b = c = 1 and equally many videos of each of K classes,
+    the loss is log K, a minimum. Its Hessian is diag(p) - p p^T, p = 1/K, once for each tensor."""
 
     def __init__(self):
         super().__init__()
@@ -335,166 +368,177 @@ class Constant(nn.Module):
 
 
 @pytest.mark.parametrize("exits", [1, 3])
-def test_flatness_in_closed_form_and_weights_are_put_back(exits):
-    """Two tensors, each with the trace K (1/K) (1 - 1/K). A clip that cannot be decoded, -1, does
-    not count."""
-    args, labels = parse([*map(str, FAST)]), torch.tensor([*range(12), -1]).split(8)
+def test_hessian_trace_in_closed_form(exits):
+    """Two tensors, each with the trace K (1/K) (1 - 1/K). An undecodable video, label -1, does not
+    count. The weights stay as they were."""
+    labels = torch.tensor([*range(12), -1]).split(8)
     module = nn.ModuleList([Constant() for _ in range(3)]) if exits == 3 else Constant()
-    batches = [(own, [own] * 3, own) for own in labels]
-    row, wanted = minimum("", module, batches, args, probes=300), exits * 2 * 11 / 12
+    batches = [{"labels": y, "mv": y, **dict.fromkeys(("mv1", "mv2", "mv3"), y[:, None])}
+               for y in labels]
+    row, expected = hessian_trace(module, "mv", batches, 0, probes=300), exits * 2 * 11 / 12
     assert row["loss"] == pytest.approx(exits * np.log(12))
-    assert 0 < row["standard error"] < .1 * wanted
-    assert abs(row["trace"] - wanted) < 4 * row["standard error"]
+    assert 0 < row["standard error"] < .1 * expected
+    assert abs(row["trace"] - expected) < 4 * row["standard error"]
     assert all((w == 1).all() and w.grad is None for w in module.parameters())
 
 
-# ---- kills and processes
+# ---- resume, and several processes
 
 
-@pytest.mark.parametrize(("owner", "name", "calls"), [
-    (common, "compressed_view", 5), (pkd_compressed, "exits_loss", 50)])
-def test_killed_and_resumed_ends_the_same(base, coded, tmp_path, owner, name, calls):
-    """In the second epoch of the networks, and in that of the exits"""
-    flags = ("--data", coded, *FAST, "--order", "all", "--out", tmp_path)
-    real, left = getattr(owner, name), [calls]
+def kill_after(monkeypatch, owner, name, calls):
+    """The next run is interrupted by this call of a function."""
+    function, remaining = getattr(owner, name), [calls]
 
-    def killed(*given):
-        left[0] -= 1
-        if not left[0]:
+    def counted(*given):
+        remaining[0] -= 1
+        if not remaining[0]:
             raise KeyboardInterrupt
-        return real(*given)
+        return function(*given)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, killed)
-        with pytest.raises(KeyboardInterrupt):
-            go(*flags)
-    assert go(*flags, "--resume")["top1"] == base.top1
-    assert log(tmp_path) == log(base.out)
+    monkeypatch.setattr(owner, name, counted)
+
+
+def test_a_run_that_was_killed_twice_ends_like_an_undisturbed_one(base, coded, tmp_path):
+    """In the second epoch of the networks, and in the second epoch of the exits"""
+    flags = "--data", coded, *FAST, "--schedules", *TRAINED, "--out", tmp_path
+    kills = (common, "compressed_inputs", 5), (pkd_compressed, "exits_loss", 50)
+    for owner, name, calls in kills:
+        with pytest.MonkeyPatch.context() as patch:
+            kill_after(patch, owner, name, calls)
+            with pytest.raises(KeyboardInterrupt):
+                run_main(*flags)
+        flags = "--resume", next(tmp_path.rglob("results.json")).parent
+    assert run_main(*flags) == base.results
+    assert history(tmp_path) == history(base.out)
     for part in ("streams", "exits"):
-        assert same(state(tmp_path)[part], state(base.out)[part])
+        assert same_weights(checkpoint(tmp_path)[part], checkpoint(base.out)[part])
 
 
 def test_two_processes_follow_one(base, coded, tmp_path, run_script):
-    """They count every test clip once, each with its own weights and BatchNorm: so these are the
-    same in both. Losses differ from one process only by the batches that BatchNorm sees."""
-    done = run_script("pkd_compressed.py", "--data", coded, *FAST, "--order", "all", "--out",
-                      tmp_path, OMP_NUM_THREADS="1",
-                      python=(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node",
-                              "2"))
+    """Each test video is counted once. Both processes have the same weights and statistics of
+    BatchNorm. Losses differ from one process only by the batches that BatchNorm sees."""
+    torchrun = sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"
+    done = run_script("pkd_compressed.py", "--data", coded, *FAST, "--schedules", "progressive",
+                      "--out", tmp_path, OMP_NUM_THREADS="1", python=torchrun)
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout
-    result = done.stdout.splitlines()[-1]
-    assert result.startswith(f"RESULT pkd_compressed data={coded.name} split=1 seed=0 mv4=")
     assert done.stdout.count("RESULT") == 1
-    saved, data = state(tmp_path), common.read_data(coded)
-    args = parse([str(flag) for flag in ("--data", "none", *FAST, "--order", "all")])
-    top1 = evaluate(*networks(saved["streams"], saved["exits"]), data.test, {}, args)
-    assert top1 == json.loads(next(tmp_path.rglob("run.json")).read_text())["results"]["top1"]
-    scores = {f"{name}={x:.4f}" for name, x in top1.items()}
-    assert scores <= set(result.split())
-    for own, row in zip(log(tmp_path), log(base.out), strict=True):
-        assert own.keys() == row.keys()
-        losses = [key for key in row if "held-out" not in key]
-        assert [own[key] for key in losses] == pytest.approx([row[k] for k in losses], rel=.2)
+    assert done.stdout.splitlines()[-1].startswith("RESULT pkd_compressed data=")
+    saved, data = checkpoint(tmp_path), common.load_dataset(coded)
+    schedules = ["progressive"]
+    results = evaluate(*networks(saved["streams"], saved["exits"], schedules), data.test, {},
+                       parse_fast("--schedules", *schedules))
+    saved_results = record(tmp_path)["results"]
+    assert results == {name: x for name, x in saved_results.items() if name != "scores"}
+    for row, single in zip(history(tmp_path), history(base.out), strict=True):
+        losses = [key for key in row if "held_out" not in key]
+        assert len(losses) == (2 if "progressive" in row else 4)  # and the epoch
+        assert [row[key] for key in losses] == pytest.approx([single[key] for key in losses],
+                                                             rel=.2)
 
 
 def test_a_degraded_network_stops_after_one_epoch(coded, tmp_path, monkeypatch):
-    """Its weights, not its BatchNorm; and after --resume, too"""
-    weights, real = [], pkd_compressed.keep
+    """Its weights, but not its BatchNorm; after --resume, too"""
+    weights, log_and_checkpoint = [], pkd_compressed.log_and_checkpoint
+    data, args = common.load_dataset(coded), parse_fast("--epochs", 3, "--degrade", "r")
 
-    def spy(row, rows, epochs, path, about, parts):
-        if row["stage"] == "streams":
-            nets = parts["streams"].nets
-            weights.append({s: nn.utils.parameters_to_vector(nets[s].parameters()).detach().clone()
-                            for s in STREAMS})
-            if len(rows) == 1 and len(weights) == 2:
-                real(row, rows, epochs, path, about, parts)
-                raise KeyboardInterrupt
-        real(row, rows, epochs, path, about, parts)
+    def interrupted_log(*given):
+        log_and_checkpoint(*given)
+        weights.append({stream: nn.utils.parameters_to_vector(net.parameters()).detach().clone()
+                        for stream, net in given[-1]["streams"].nets.items()})
+        if len(weights) == 2:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(pkd_compressed, "keep", spy)
-    flags = ("--data", coded, *FAST, "--epochs", 3, "--order", "ce", "--degrade", "r", "--out",
-             tmp_path)
+    monkeypatch.setattr(pkd_compressed, "log_and_checkpoint", interrupted_log)
     with pytest.raises(KeyboardInterrupt):
-        go(*flags)
-    go(*flags, "--resume")
+        train_networks(networks()[0], data, {"digest": 0}, tmp_path, args)
+    train_networks(networks()[0], data, {"digest": 0}, tmp_path, args)
     assert len(weights) == 3
-    for stream in STREAMS:
-        for after in weights[1:]:
-            assert torch.equal(weights[0][stream], after[stream]) == (stream == "r")
+    for stream, later in product(STREAMS, weights[1:]):
+        assert torch.equal(weights[0][stream], later[stream]) == (stream == "r")
 
 
-# ---- clips that need another form, and mistakes
+# ---- videos that must be re-encoded, real videos, mistakes
 
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
-    """Of each class a clip to train on, one to hold out, one to test; H.264 in training, B-frames
-    and a broken file among the test clips"""
+    """A training, a held-out and a test video of each class; H.264 in training, B-frames and a
+    broken file among the test videos"""
     folder = tmp_path_factory.mktemp("odd") / "odd"
-    common.make_toy_folder(folder, 8, 4, pairs=True, motions=("growing", "moving up"))
-    truths = json.loads((folder / "toy_truth.json").read_text())
+    common.make_toy_dataset(folder, 8, 4, pairs=True, motions=("growing", "moving up"))
+    attributes = json.loads((folder / "toy_attributes.json").read_text())
     for name, options in (("train/0000.mp4", {"codec": "libx264", "qmax": "51"}),
                           ("test/0000.mp4", {"bf": "2"})):
-        common.write_video(folder / name, common.toy_clip(truths[name], 24, 96), **options)
+        frames = common.render_video(attributes[name], 24, 96)
+        common.write_video(folder / name, frames, **options)
     (folder / "test" / "0001.mp4").write_text("no video")
     return folder
 
 
-def test_clips_in_another_form_are_refused_before_training(odd, tmp_path):
-    with pytest.raises(common.BadInput, match="add --reencode") as caught:
-        go("--data", odd, *FAST, "--out", tmp_path)
-    assert str(caught.value).startswith(f"{odd}/train/0000.mp4: its codec is h264")
+def test_unsupported_codecs_are_refused(tmp_path):
+    folder = tmp_path / "h264"
+    common.make_toy_dataset(folder, 16, 4, pairs=True, motions=("growing", "moving up"))
+    for path in (folder / "train").glob("*.mp4"):
+        common.write_video(path, np.zeros((4, 64, 64, 3), np.uint8), codec="libx264", qmax="51")
+    with pytest.raises(common.BadInput, match="its codec is h264, not MPEG-4 part 2; re-encode it"):
+        run_main("--data", folder, *FAST, "--out", tmp_path)
     assert not list(tmp_path.rglob("*.pt"))
 
 
-def test_reencoding_works_on_copies_and_so_does_inference(odd, tmp_path, monkeypatch):
-    read, real = set(), common.read_compressed
+def test_reencode_makes_copies_for_training_and_inference(odd, tmp_path, monkeypatch):
+    read_compressed, files = common.read_compressed, set()
 
-    def reads(path, *more):
-        read.add(path)
-        return real(path, *more)
+    def noted_read(path, *more, **flags):
+        files.add(path)
+        return read_compressed(path, *more, **flags)
 
-    monkeypatch.setattr(common, "read_compressed", reads)
-    monkeypatch.setattr(pkd_compressed, "minimum", functools.partial(minimum, probes=2))
-    monkeypatch.setattr(wise_infer, "fit_wise", lambda *given: given[2])  # the prior
+    monkeypatch.setattr(common, "read_compressed", noted_read)
+    two_probes = functools.partial(hessian_trace, probes=2)
+    monkeypatch.setattr(pkd_compressed, "hessian_trace", two_probes)
     before = {path: path.read_bytes() for path in odd.rglob("*.*")}
-    flags = ("--data", odd, "--out", tmp_path)
-    found = go(*flags, *FAST, "--epochs", 1, "--exit-epochs", 1, "--holdout", .5, "--reencode",
-               "--flatness")
-    trained = set(read)
-    results = wise_infer.main([str(flag) for flag in (*flags, "--l1", 1)])
+    flags = "--data", odd, "--out", tmp_path
+    results = run_main(*flags, *FAST, "--epochs", 1, "--exit-epochs", 1, "--holdout", .5,
+                       "--reencode", "--flatness")
     copies = {str(path) for path in (tmp_path / "cache").rglob("*.mp4")}
-    assert trained == copies
-    assert read == copies
     assert len(copies) == 4 + 4 + 3
+    assert files == copies
+    wise_results = wise_infer.main([str(flag) for flag in (*flags, "--l1", 1)])
+    assert files == copies
     assert {path: path.read_bytes() for path in odd.rglob("*.*")} == before
-    own = [f"{order}-{stream}" for order in ("ce", "progressive") for stream in STREAMS]
-    assert [row["minimum"] for row in found["flatness"]] == [*STREAMS, *own]
-    assert results["last"] == pytest.approx(found["top1"]["i4"])
+    of = ["network", "labels exits", "progressive exits"]
+    names = [(row["stream"], row["of"]) for row in results["flatness"]]
+    assert names == list(product(STREAMS.values(), of))
+    assert wise_results["last_exit"] == pytest.approx(results["iframe"])
 
 
-def test_mistakes_say_what_would_be_right(coded, tmp_path):
-    for flags, message in ((("--networks", "toy", "toy", "resnet19"), "network resnet19: there"),
-                           (("--data", "gone"), "no such folder")):
+def test_schedules_all():
+    assert parse_fast("--schedules", "self", "all").schedules == list(SCHEDULES)
+
+
+def test_mistakes_end_before_the_run_starts(coded, tmp_path):
+    for flags, message in ((("--networks", "toy", "toy", "resnet19"), "no network resnet19"),
+                           (("--data", "gone"), "gone")):
         with pytest.raises(common.BadInput, match=message):
-            go("--data", coded, *FAST, "--out", tmp_path, *flags)
-    for flags in (("--size", 16), ("--holdout", 1), ("--tau", 0), ("--order", "backwards"),
-                  ("--networks", "toy"), ("--lr", 1, 2)):
-        with pytest.raises(SystemExit) as caught:
-            go("--data", coded, *flags)
-        assert caught.value.code == 2
+            run_main("--data", coded, *FAST, "--out", tmp_path, *flags)
+    for flags in (("--size", 16), ("--holdout", 1), ("--tau", 0), ("--schedules", "backwards"),
+                  ("--networks", "toy"), ("--lr", 1, 2), ("--lr", "nan"), ("--resume", tmp_path),
+                  (*FAST, "--imagenet")):
+        with pytest.raises(SystemExit) as error:
+            run_main("--data", coded, *flags)
+        assert error.value.code == 2
     assert not list(tmp_path.iterdir())
 
 
-def test_real_clips_that_are_not_square(shared, tmp_path):
+def test_real_videos_that_are_not_square(shared, tmp_path):
     folder = tmp_path / "few"
-    for part, people in (("train", ("daria", "denis")), ("test", ("eli",))):
-        for action, who in itertools.product(("bend", "jack"), people):
-            (folder / part / action).mkdir(parents=True, exist_ok=True)
-            clip = shared / "weizmann" / action / f"{who}_{action}.avi"
-            (folder / part / action / clip.name).symlink_to(clip)
-    top1 = go("--data", folder, *FAST, "--epochs", 1, "--exit-epochs", 1, "--batch-size", 4,
-              "--segments", 2, "--out", tmp_path)["top1"]
-    assert len(top1) == 3 + 2 * 9
-    assert next(tmp_path.rglob("run.png")).stat().st_size > 10_000
+    for split, people in (("train", ("daria", "denis")), ("test", ("eli",))):
+        for action, person in product(("bend", "jack"), people):
+            video = shared / "weizmann" / action / f"{person}_{action}.avi"
+            link = folder / split / action / video.name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(video)
+    results = run_main("--data", folder, *FAST, "--epochs", 1, "--exit-epochs", 1, "--batch-size",
+                       4, "--segments", 2, "--out", tmp_path)
+    assert len(results["scores"]) == 3 + 2
+    assert next(tmp_path.rglob("modalities.png")).stat().st_size > 10_000
