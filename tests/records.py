@@ -1,11 +1,13 @@
-"""The README's table of findings, computed from the RESULT lines in tests/records/*.txt.
+"""Means and intervals over seeds: the README's table, and runs of your own.
 
-  python tests/records.py                   print it, and mean and deviation of every number
-  python tests/records.py runs/deit_video   a table of the runs in a folder: what differs, results
+  python tests/records.py                    the README's table, from the RESULT lines in records/
+  python tests/records.py all                mean and deviation of every number in records/
+  python tests/records.py runs/spatial_kd    runs that differ in seed or split alone: mean of each
+                                             number, standard deviation, 95 % interval
 
-A record is a command after a $, the lines of its RESULT below. Runs of a command differ in --seed.
+A record is a command after a $, with its RESULT line below. Intervals are t-intervals over seeds.
+Gains are computed seed by seed, in percentage points of top-1.
 """
-import fnmatch
 import json
 import re
 import statistics
@@ -13,176 +15,157 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import common
-
 HERE = Path(__file__).parent
+# 97.5 % quantiles of Student's t for 1 to 10 degrees of freedom
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 class Claim(NamedTuple):
-    """What is said, the command that shows it, and three of its numbers: patterns, of which the
-    mean over all that fit counts. with_: the technique; without: at equal steps and clips; control:
-    what must not gain as much. words: what these are called; why: where it holds or not."""
-    said: str
+    """A row of the README: what a text claims, the command that tests it, and three of its numbers.
+    technique: what the claim is about; baseline: the same without it; control: what must not gain
+    as much. why: one clause after the verdict."""
+    claim: str
     command: str
-    with_: str
-    without: str
+    technique: str
+    baseline: str
     control: str
-    words: tuple
+    control_words: str
     why: str
 
 
-def read(folder=HERE / "records"):
-    """-> {command without its seed: {seed: {name: number}}}"""
+def read_records(folder=HERE / "records"):
+    """-> {command without its seed: {seed: {name: number}}}. Raises ValueError for a run that is
+    recorded twice."""
     runs = {}
     for path in sorted(folder.glob("*.txt")):
         for block in path.read_text().split("$ ")[1:]:
             command, *lines = block.splitlines()
-            seed = re.search(r" --seed (\d+)", command)
-            command = re.sub(r" --seed \d+", "", re.sub(r"-seed\d+-", "-seed0-", command))
+            seed = int(re.search(r" --seed (\d+)", command)[1])
+            command = re.sub(r" --seed \d+", "", re.sub(r"-seed\d+-", "-seed0-", command)).strip()
             numbers = re.findall(r"(\S+)=(-?[\d.]+)(?=\s|$)", " ".join(lines))
             numbers = {name: float(x) for name, x in numbers if name not in ("split", "seed")}
-            own = runs.setdefault(command, {})
-            if int(seed[1]) in own:
-                raise ValueError(f"{path}: {command} stands there twice")
-            own[int(seed[1])] = numbers
+            if seed in runs.setdefault(command, {}):
+                raise ValueError(f"{path}: {command} --seed {seed} is recorded twice")
+            runs[command][seed] = numbers
     return runs
 
 
-def values(runs, pattern):
-    """A number of each run, in points where it is an accuracy; of several that fit, the mean"""
-    out = []
-    for seed in sorted(runs):
-        fit = [x for name, x in runs[seed].items() if fnmatch.fnmatchcase(name, pattern)]
-        if not fit:
-            raise KeyError(f"no number fits {pattern}")
-        out.append(100 * statistics.mean(fit))
-    return out
+def interval(values):
+    """Half the width of the 95 % interval of the mean; infinite for a single value"""
+    if len(values) < 2:
+        return float("inf")
+    t = T_QUANTILES[min(len(values) - 1, len(T_QUANTILES)) - 1]
+    return t * statistics.stdev(values) / len(values) ** .5
 
 
-def spread(numbers, form="{:.1f}"):
-    return f"{form.format(statistics.mean(numbers))} ± {statistics.stdev(numbers):.1f}"
+def gains(runs, technique, baseline):
+    """technique minus baseline for each seed, in points"""
+    return [100 * (runs[seed][technique] - runs[seed][baseline]) for seed in sorted(runs)]
 
 
-def row(claim, runs):
-    """A line of the README's table"""
-    own = runs[claim.command]
-    a, b, c = (values(own, pattern) for pattern in (claim.with_, claim.without, claim.control))
-    gain, other = ([x - y for x, y in zip(part, b, strict=True)] for part in (a, c))
-    wins = sum(x > 0 for x in gain)
-    with_, without, control = claim.words
-    return (f"| {claim.said} | `{claim.command}` | {with_} {spread(a)}, {without} {spread(b)} | "
-            f"**{spread(gain, '{:+.1f}')}**, {wins} of {len(gain)} | {control} "
-            f"{spread(other, '{:+.1f}')} | {claim.why} |")
+def verdict(values):
+    """What the 95 % interval of a gain says"""
+    mean, half = statistics.mean(values), interval(values)
+    if mean - half > 0:
+        return "confirmed"
+    if mean + half < 0:
+        return "refuted"
+    if abs(mean) + half < 1:
+        return "equivalent within 1 point"
+    return "not shown"
 
 
 def findings(runs):
-    head = ("| claim | command, `--seed 0` to `4` | top-1, % | gain, points; seeds that gain | "
-            "control's gain | where it holds, and why |")
-    return "\n".join([head, "|---|---|---|---|---|---|", *[row(claim, runs) for claim in CLAIMS]])
+    """The README's table"""
+    lines = ["| claim | gain (95 % interval), points | control | verdict |", "|---|---|---|---|"]
+    for claim in CLAIMS:
+        seeds = runs[claim.command]
+        gain = gains(seeds, claim.technique, claim.baseline)
+        control = gains(seeds, claim.control, claim.baseline)
+        lines.append(f"| {claim.claim} | **{statistics.mean(gain):+.1f}** ± {interval(gain):.1f} | "
+                     f"{claim.control_words} {statistics.mean(control):+.1f} | "
+                     f"{verdict(gain)}{claim.why} |")
+    return "\n".join(lines)
+
+
+def spread(name, values):
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.
+    return (f"{name:28} mean {statistics.mean(values):.4f}  sd {deviation:.4f}  "
+            f"95 % +-{interval(values):.4f}  of {' '.join(map('{:.4f}'.format, values))}")
 
 
 def all_numbers(runs):
     lines = []
-    for command, own in runs.items():
-        lines.append(f"\n$ {command}   seeds {' '.join(map(str, sorted(own)))}")
-        for name in next(iter(own.values())):
-            each = [own[seed].get(name) for seed in sorted(own)]
-            mean = f"{statistics.mean(each):.4f}"
-            deviation = f"{statistics.stdev(each):.4f}" if len(each) > 1 else ""
-            lines.append(f"{name:24} {mean:>10} {deviation:>8}   {' '.join(map(str, each))}")
+    for command, seeds in runs.items():
+        lines.append(f"\n$ {command}   seeds {' '.join(map(str, sorted(seeds)))}")
+        for name in next(iter(seeds.values())):
+            lines.append(spread(name, [seeds[seed][name] for seed in sorted(seeds)]))
     return "\n".join(lines)
 
 
-def compare(folder):
-    """Runs of a script -> a table: the flags in which they differ, and every top-1"""
-    records = {path.parent.name: json.loads(path.read_text())
-               for path in sorted(Path(folder).glob("*/run.json"))}
-    if not records:
-        sys.exit(f"{folder} holds no */run.json")
-    rows, kinds = [], {}
-    for record in records.values():
-        for key, x in record["flags"].items():
-            if key not in ("out", "resume", "targets", "workers"):
-                kinds.setdefault(key, set()).add(json.dumps(x))
-    differ = [key for key in kinds if len(kinds[key]) > 1]
-    for name, record in records.items():
-        said = [f"--{key.replace('_', '-')} {record['flags'].get(key)}" for key in differ]
-        found = [f"{key}={x:.4f}" for key, x in common.top1(record["results"])]
-        rows.append("  ".join([name, *said, *found]))
-    return "\n".join(rows)
+def summarize(folder):
+    """Runs of a script, grouped by all flags but seed and split -> text"""
+    groups = {}
+    for path in sorted(Path(folder).glob("*/results.json")):
+        record = json.loads(path.read_text())
+        if not record["results"]:
+            continue  # not finished
+        flags = {name: x for name, x in record["flags"].items()
+                 if name not in ("out", "resume", "seed", "split", "workers")}
+        groups.setdefault(json.dumps(flags), []).append(record)
+    if not groups:
+        sys.exit(f"{folder} holds no finished run (*/results.json)")
+    names = json.loads(next(iter(groups)))
+    differing = [name for name in names if len({repr(json.loads(key).get(name))
+                                                for key in groups}) > 1]
+    lines = []
+    for key, records in groups.items():
+        flags = [f"--{name.replace('_', '-')} {json.loads(key).get(name)}" for name in differing]
+        runs = [f"split {r['flags']['split']} seed {r['flags']['seed']}" for r in records]
+        lines.append(f"\n{Path(folder).name} {' '.join(flags)}   {', '.join(runs)}")
+        for name in records[0]["results"]["scores"]:
+            lines.append(spread(name, [record["results"]["scores"][name] for record in records]))
+    return "\n".join(lines)
 
 
-SPATIAL = "python spatial_kd.py --arms alone spatial shuffled oracle"
-DEIT = "python deit_video.py --arms one-head gt soft two-frame-heads teacher-on-frame"
-FIVE = ("python deit_video.py --shots 5 --epochs 300 --arms one-head gt soft teacher-on-frame "
-        "teacher-on-linear --teacher-checkpoint runs/deit_video/toy-s1-seed0-*/teacher-last.pt")
-LONG = ("python deit_video.py --shots 5 --epochs 900 --arms one-head soft teacher-on-frame "
-        "--teacher-checkpoint runs/deit_video/toy-s1-seed0-*/teacher-last.pt")
+DEIT = ("python deit_video.py --variants one_head two_heads two_heads_soft two_frame_heads "
+        "one_head_soft")
+FEW_LABELS = ("python deit_video.py --shots 5 --epochs 900 --variants one_head two_heads_soft "
+              "one_head_soft --teacher-checkpoint runs/deit_video/toy-s1-seed0-*/teacher-last.pt")
 PKD = "python pkd_compressed.py"
-FEW = f"{PKD} --shots 8 --epochs 100 --exit-epochs 132"
-WISE = "python wise_infer.py"
-
-OWN = "own network as teacher all along"
+WISE = "python pkd_compressed.py && python wise_infer.py"
 
 CLAIMS = [
-    Claim("A TinyCLIP backbone is small, at little cost (thesis 1)",
-          "python tinyclip_swap.py --recover affinity", "small", "large", "small+affinity",
-          ("small", "large", "with affinity loss"),
-          "half of parameters and GMAC; the cost is real at equal steps, and affinity mimicking "
-          "does not win it back"),
-    Claim("Spatial objectives help (thesis 2): small student", SPATIAL, "spatial", "alone",
-          "shuffled", ("spatial", "alone", "targets of other clips"),
-          "holds: place in each frame is a first step towards motion; wrong targets bring nothing"),
-    Claim("the same: large student", "python spatial_kd.py --student toy-large", "spatial",
-          "alone", "shuffled", ("spatial", "alone", "targets of other clips"),
-          "holds as well"),
-    Claim("Two heads help, not the teacher (thesis 3)", DEIT, "gt", "one-head",
-          "two-frame-heads", ("gt", "one head", "linear layer for the token"),
-          "not seen: 222 steps are too few for the token"),
-    Claim("A teacher helps (DeiT): all labels", DEIT, "soft", "one-head", "gt",
-          ("soft", "one head", "two heads, no teacher"),
-          "no: the student has the labels that its teacher had"),
-    Claim("the same: 5 labels a class, through the token", FIVE, "soft", "one-head", "gt",
-          ("soft", "one head", "two heads, no teacher"),
-          "unclear: the token still learns when a frame head has finished"),
-    Claim("the same, trained three times as long", LONG, "soft", "one-head", "teacher-on-frame",
-          ("soft", "one head", "the same loss on the frame head"),
-          "holds: now the token has learned, and gains as much as the frame head"),
-    Claim("the same: 5 labels a class, on the frame head", FIVE, "teacher-on-frame", "one-head",
-          "gt", ("teacher on frame", "one head", "two heads, no teacher"),
-          "holds: the teacher has seen 200 clips a class"),
-    Claim("All three together are accurate (thesis)", "python deit_video.py --grid", "all-three",
-          "+swap", "+swap+spatial", ("all three", "swap alone", "swap and spatial"),
-          "holds, by the spatial objectives"),
-    Claim("PKD beats labels (paper): clean labels", f"{PKD} --order all", "progressive-*", "ce-*",
-          "self-*", ("progressive", "labels", OWN),
-          "no: exits learn clean labels to the end, and their teachers know less"),
-    Claim("the same: 40 % of the labels wrong", f"{PKD} --label-noise .4 --order all",
-          "progressive-*", "ce-*", "self-*", ("progressive", "labels", OWN),
-          "holds, by the soft teacher: it is right more often than its labels; the progression "
-          "adds nothing"),
-    Claim("the same: 8 clips a class", f"{FEW} --order all", "progressive-*", "ce-*", "self-*",
-          ("progressive", "labels", OWN), "hardly: the teachers overfit"),
-    Claim("WISE beats late fusion (paper): 180 clips held out", f"{PKD} && {WISE}", "wise",
-          "fusion", "paper", ("WISE", "late fusion", "the paper's prior"),
-          "holds: the best stream gets most of the weight"),
-    Claim("the same: 12 clips held out", f"{PKD} --holdout .0134 && {WISE}", "wise", "fusion",
-          "paper", ("WISE", "late fusion", "the paper's prior"),
-          "never below: cross-validation leans on late fusion; the paper's prior overfits"),
-    Claim("the same: network of I-frames stopped early", f"{PKD} --degrade i && {WISE}", "wise",
-          "fusion", "uniform", ("WISE", "late fusion", "plain mean"),
-          "holds: residuals get most of the weight, where I-frames have it otherwise"),
-    Claim("the same: both leaving early, at equal cost", f"{PKD} && {WISE}", "early",
-          "early_fusion", "last", ("WISE", "late fusion", "I-frames alone"),
-          "holds: weights count most before all streams have run"),
-    Claim("the same: WISE leaving at the cost of late fusion without exits", f"{PKD} && {WISE}",
-          "equal", "fusion", "last", ("WISE", "late fusion", "I-frames alone"),
-          "no: heads cost a third of the networks, and the best stream runs last"),
+    Claim("TinyCLIP costs little accuracy", "python tinyclip_swap.py --affinity", "small", "large",
+          "small_affinity", "with affinity loss",
+          " after equal, short training, at half the parameters and compute"),
+    Claim("Spatial objectives help",
+          "python spatial_kd.py --variants baseline spatial shuffled oracle", "spatial", "baseline",
+          "shuffled", "targets of other videos", " with the small student"),
+    Claim("the same, larger student", "python spatial_kd.py --student toy-large", "spatial",
+          "baseline", "shuffled", "targets of other videos", " after equal, short training"),
+    Claim("Two heads help, even without a teacher", DEIT, "two_heads", "one_head",
+          "two_frame_heads", "a linear layer for the token", " after equal, short training"),
+    Claim("A teacher helps when labels are few (5 per class)", FEW_LABELS, "two_heads_soft",
+          "one_head", "one_head_soft", "the teacher on the frame head",
+          "; the teacher helps, the second head does not matter"),
+    Claim("All three together beat the swap alone", "python deit_video.py --grid", "all_three",
+          "swap", "swap_spatial", "swap and spatial", ", due to the spatial objectives"),
+    Claim("PKD beats labels", f"{PKD} --schedules all", "progressive_mean", "labels_mean",
+          "self_mean", "own network as the only teacher", ": clean labels know more"),
+    Claim("PKD beats labels, 40 % of which are wrong", f"{PKD} --label-noise .4 --schedules all",
+          "progressive_mean", "labels_mean", "self_mean", "own network as the only teacher",
+          "; soft targets help, the order of teachers does not matter"),
+    Claim("WISE beats late fusion", WISE, "wise", "late_fusion", "uniform",
+          "mean of all exits", ""),
+    Claim("WISE beats late fusion, both exiting early at equal cost", WISE, "wise_early",
+          "late_fusion_early", "last_exit", "I-frames alone", ""),
 ]
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(compare(sys.argv[1]))
+    if len(sys.argv) < 2:
+        print(findings(read_records()))
+    elif sys.argv[1] == "all":
+        print(all_numbers(read_records()))
     else:
-        print(findings(read()), all_numbers(read()), sep="\n")
+        print(summarize(sys.argv[1]))
