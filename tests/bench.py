@@ -1,21 +1,18 @@
-"""Five benchmarks; not collected by pytest. Run them by hand, on an idle machine, one thread:
-`python tests/bench.py`, or some of them: `python tests/bench.py step stream`. What is compared
-takes turns; figures are min-median-max.
+"""Benchmarks, to be run by hand on an idle machine: `python tests/bench.py`, or some of them:
+`python tests/bench.py step stream`. Ways that are compared take turns. Figures are
+minimum-median-maximum.
 
-reading: CPU ms to read a clip of 8 frames for training, and how many cores keep an H200 busy.
-coded: ms to read 3 segments of an MPEG-4 clip of 340 x 256. floor: common.decode of these frames
-and nothing else; motion; all: I-frame, frame, motion; all with the residual, computed on the CPU.
-exits: clips/s of exit training, with and without the cache of the frozen networks' outputs.
-step: ms of a training step of ActionCLIP, 8 frames of 224 pixels: view, and networks with AdamW. On
-a GPU with MFU, the share of an H100's peak that forward and backward need, peak memory, --compile.
-stream: a step on a stream (tinyclip_swap.py --watch) beside T = 8 frames encoded anew; 224 pixels.
+reading     CPU ms to read 8 frames of a training video, and the cores that keep an H200 busy
+compressed  ms to read 3 segments of an MPEG-4 video of 340 x 256 pixels. floor: decoding alone;
+            motion; all: I-frame, frame and motion; all + residual, computed on the CPU
+step        ms of a training step of ActionCLIP with 8 frames of 224 pixels: augmentation; networks
+            with AdamW. On a GPU also MFU (share of an H100's peak), peak memory, and compiled
+stream      ms per frame of a live video (--watch) beside encoding all 8 frames again
+picture     no benchmark: draw the README's records/modalities.png again
 """
 import collections
-import contextlib
 import functools
-import io
 import itertools
-import json
 import sys
 import tempfile
 import time
@@ -32,10 +29,11 @@ import tinyclip_swap
 
 H, W, FRAMES, SEGMENTS = 256, 340, 120, 3
 PEAK = 989e12  # dense bf16 operations per second of an H100 or H200
-READ = {"floor": lambda path, at: collections.deque(common.decode(path, at), 0),
-        "motion": functools.partial(common.read_compressed, pictures=False),
+READ = {"floor": lambda path, at: collections.deque(common.decode_frames(path, at), 0),
+        "motion": functools.partial(common.read_compressed, pixels=False),
         "all": common.read_compressed,
-        "all + residual": lambda path, at: common.modalities(common.read_compressed(path, at))}
+        "all + residual":
+        lambda path, at: common.split_modalities(common.read_compressed(path, at))}
 
 
 def texture(height, width, seed):
@@ -75,9 +73,9 @@ def spread(x):
 
 
 def bench_reading(repeats=40):
-    """Of an H200, ViT-B-16 is taken to use .4 of the peak: some 470 clips of 8 frames a second."""
+    """Assumes that ViT-B-16 uses .4 of an H200's peak: about 470 videos of 8 frames per second."""
     need = .4 * PEAK / (6e9 * 140.7)
-    print(f"\nCPU ms to read a clip for training; cores for {need:.0f} clips/s")
+    print(f"\nCPU ms to read a training video; cores for {need:.0f} videos/s")
     x264 = {"g": "250", "bf": "3", "crf": "23", "qmin": "0", "qmax": "51"}
     files = {"MPEG-4 AVI, 320 x 240, 4 s, as HMDB51": ("a.avi", "mpeg4", 4, 240, 320, {"bf": "1"}),
              "MPEG-4, 340 x 256, 5 s, as --reencode": ("b.mp4", "mpeg4", 5, 256, 340, {}),
@@ -91,7 +89,7 @@ def bench_reading(repeats=40):
             rng, spent = np.random.default_rng(0), []
             for _ in range(3 + repeats):
                 start = time.process_time()
-                at = common.segment_indices(common.video_index(path).count, 8, rng)
+                at = common.tsn_indices(common.index_video(path).num_frames, 8, rng)
                 common.read_frames(path, at, 256, enlarge=False)
                 spent.append(1e3 * (time.process_time() - start))
             spent = np.sort(spent[3:])
@@ -99,84 +97,78 @@ def bench_reading(repeats=40):
 
 
 def bench_step():
-    names, size, gpu = ["TinyCLIP-ViT-40M-32-Text-19M"], 2, tinyclip_swap.GPU
+    names, size, gpu = ["TinyCLIP-ViT-40M-32-Text-19M"], 2, tinyclip_swap.USE_CUDA
     if gpu:
-        names, size = [*names, "ViT-B-16"], 64
-    print(f"\na training step, batch {size}, {tinyclip_swap.MACHINE}: ms")
+        names, size = [*names, "ViT-B-32", "ViT-B-16"], 64
+    print(f"\na training step, batch {size}, {tinyclip_swap.DEVICE_NAME}: ms")
     for name, compiled in itertools.product(names, (False, True) if gpu else (False,)):
-        model = common.build_action_clip(f"{name}:random").to(tinyclip_swap.DEVICE).train()
-        gmac = model.gmac(8)
+        model = common.build_actionclip(f"{name}:random").to(tinyclip_swap.DEVICE).train()
+        gmac = model.gmacs(8)
         if compiled:
             model.encode_video = torch.compile(model.encode_video)
         step = functools.partial(learn, model, tinyclip_swap.make_optimizer(model, 5e-6, 100)[0])
         videos = list(torch.randint(256, (size, 8, 3, 256, 340), dtype=torch.uint8))
         batch = common.Sample(videos, [0] * size, [(0, i) for i in range(size)], [])
-        look = functools.partial(common.training_view, batch, model.size, [True], 0,
+        look = functools.partial(common.augment, batch, model.crop_size, [True], 0,
                                  tinyclip_swap.DEVICE)
         view, networks = timed([look, functools.partial(step, look())], 20 if gpu else 3)
-        print(f"{name}{' compiled' * compiled}: view {spread(view)}, networks {spread(networks)}")
+        print(f"{name}{' compiled' * compiled}: augmentation {spread(view)}, networks "
+              f"{spread(networks)}")
         if gpu:
             rate, both = (1e3 * size / np.median(ms) for ms in (networks, view + networks))
-            print(f"  {rate:.0f} clips/s, MFU {6e9 * gmac * rate / PEAK:.0%}; with "
-                  f"the view {both:.0f} clips/s; {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+            print(f"  {rate:.0f} videos/s, MFU {6e9 * gmac * rate / PEAK:.0%}; with "
+                  f"augmentation {both:.0f} videos/s; "
+                  f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
 
 
 def learn(model, optimizer, view):
-    """A step of eq. (1), every clip of its own class"""
-    tokens = model.prompts([str(i) for i in range(len(view))])[0]               # (B, L)
+    """A step of eq. (1), each video of a class of its own"""
+    tokens = model.tokenize_classes([str(i) for i in range(len(view))])[0]          # (B, length)
     with tinyclip_swap.autocast():
         v, t, scale = model(view, tokens)
     labels = torch.arange(len(view), device=view.device)
-    tinyclip_swap.kl_pair(v.float(), t.float(), labels, scale).backward()
+    tinyclip_swap.actionclip_loss(v.float(), t.float(), labels, scale).backward()
     optimizer.step()
     optimizer.zero_grad()
 
 
-def bench_coded(repeats=100):
+def bench_compressed(repeats=100):
     print(f"\n{SEGMENTS} segments at {W} x {H}: ms, times the floor")
     with tempfile.TemporaryDirectory() as folder:
         for name, speed in (("fast", 4), ("slow", .5), ("still", 0)):
             path = Path(folder) / f"{name}.mp4"
             common.write_video(path, list(moving(speed)), qmin="2", qmax="2")  # as reencode does
-            found = common.p_frames(path)
-            at = found[common.segment_indices(len(found), SEGMENTS)]
+            found = common.p_frame_indices(path)
+            at = found[common.tsn_indices(len(found), SEGMENTS)]
             rows = timed([functools.partial(way, path, at) for way in READ.values()], repeats)
             for way, row in zip(READ, rows, strict=True):
                 ratio = np.median(row) / np.median(rows[0])
                 print(f"{name:6} {way:15} {spread(row):20} {ratio:.2f}")
 
 
-def bench_exits(clips=320, epochs=5):
-    print(f"\nexit training, {clips} toy clips, networks toy, order ce, one thread: clips/s")
-    with tempfile.TemporaryDirectory() as folder:
-        common.make_toy_folder(Path(folder) / "toys", clips, 12, pairs=True)
-        for size, gb in ((32, 0), (32, 16), (64, 0), (64, 16)):
-            out, pkd_compressed.CACHE_GB = Path(folder, f"{size}-{gb}"), gb
-            with contextlib.redirect_stdout(io.StringIO()):
-                pkd_compressed.main((
-                    f"--data {folder}/toys --out {out} --networks toy toy toy --order ce "
-                    f"--segments {SEGMENTS} --size {size} --epochs 1 --exit-epochs {epochs} "
-                    "--holdout 0 --workers 0").split())
-            log = next(out.rglob("metrics.jsonl")).read_text().splitlines()
-            speed = [json.loads(line)["clips_per_s"] for line in log[1:]]  # of the exits' epochs
-            print(f"{size} pixels, {'cached' if gb else 'decoded'}: {spread(sorted(speed))}")
-
-
 def bench_stream(T=8, repeats=30):
-    print(f"\na step on a stream, T = {T}, 224 pixels, {tinyclip_swap.MACHINE}: ms")
+    print(f"\na frame of a live video, T = {T}, 224 pixels, {tinyclip_swap.DEVICE_NAME}: ms")
     for name in ("TinyCLIP-ViT-40M-32-Text-19M", "ViT-B-32", "ViT-B-16"):
-        model = common.build_action_clip(f"{name}:random").to(tinyclip_swap.DEVICE)
-        text = model.embed_classes(["waving", "running", "jumping"])
+        model = common.build_actionclip(f"{name}:random").to(tinyclip_swap.DEVICE)
+        text = model.encode_classes(["waving", "running", "jumping"])
         frames = torch.randint(256, (T, 3, 256, 256), dtype=torch.uint8)
         ring = collections.deque(maxlen=T)
         whole, one = timed([
             functools.partial(tinyclip_swap.classify, model, [frames], text),
             functools.partial(tinyclip_swap.stream_step, model, ring, frames[0], text)], repeats)
-        print(f"{name}: anew {spread(whole)}, a step {spread(one)}, "
+        print(f"{name}: all frames {spread(whole)}, one frame {spread(one)}, "
               f"1/{np.median(whole) / np.median(one):.1f}")
+
+
+def bench_picture():
+    data = common.load_dataset("toy", toys="toy-pairs")
+    labels = [data.classes.index(name) for name in ("circle moving left", "cross moving up")]
+    videos = [(path, label) for path, label in data.test[36:] if label in labels]
+    path = Path(__file__).parent / "records" / "modalities.png"
+    pkd_compressed.draw_modalities(videos, data.classes, pkd_compressed.parse([]), path)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name in sys.argv[1:] or ("reading", "coded", "exits", "step", "stream"):
+    for name in sys.argv[1:] or ("reading", "compressed", "step", "stream"):
         globals()[f"bench_{name}"]()
