@@ -44,7 +44,7 @@ Controls:
   one_head_soft     a teacher without a second head: the soft loss trains h_frame itself
   linear_head_soft  a teacher, and the linear layer in place of the token
 
-  python deit_video.py                  toy data, 1 minute on 2 cores
+  python deit_video.py                  toy data, 1 to 2 minutes on 2 CPU cores
   python spatial_kd.py --label-only && python deit_video.py --grid      all three techniques
   python deit_video.py --data HMDB51 --teacher ViT-B-32:vit-b-32-8f.pt --student \\
       TinyCLIP-ViT-40M-32-Text-19M:TinyCLIP-ViT-40M-32-Text-19M-LAION400M.pt

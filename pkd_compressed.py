@@ -61,6 +61,7 @@ Differs from the paper and its code:
 - With torchrun, BatchNorm in training sees the videos of its own process.
 """
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -179,6 +180,15 @@ class FixedCropDataset(common.CompressedDataset):
 def make_loader(videos, undecodable, args, train=False, dataset=common.CompressedDataset):
     videos = dataset(videos, args.segments, args.copies, train, args.seed)
     return common.VideoLoader(videos, args.batch_size, args.workers, undecodable=undecodable)
+
+
+def require_mpeg4(videos):
+    """Raise BadInput if the motion vectors of a video cannot be followed."""
+    for path, _ in videos:
+        with contextlib.suppress(common.BadVideo):  # loaders name and count these
+            reason = common.index_video(path).unsupported
+            if reason:
+                raise common.BadInput(f"{path}: {reason}; add --reencode, which works on copies")
 
 
 def network_inputs(batch, args, can_flip=None):
@@ -469,6 +479,9 @@ def main(argv=None):
     data, held_out = common.hold_out_videos(data, args.holdout, args.seed)
     data = common.subsample_shots(data, args.shots, args.seed)
     data = common.corrupt_labels(data, args.label_noise, args.seed)
+    videos = data.train + held_out + data.test
+    if not args.reencode:
+        require_mpeg4(videos)
 
     # networks
     torch.manual_seed(args.seed)
@@ -485,6 +498,11 @@ def main(argv=None):
         print(f"run: {folder}\n{data}; {len(held_out)} training videos held out\nnever flipped: "
               f"{', '.join(never) or 'none'}; {args.segments} frames per video; {WORLD_SIZE} "
               f"process(es), {DEVICE_NAME}", flush=True)
+
+    # --reencode: make the copies that do not exist yet
+    if args.reencode:
+        for _ in tqdm(make_loader(videos, data.undecodable, args), "re-encoding", disable=None):
+            pass
 
     # train, test
     history = train_networks(streams, data, metadata, folder, args)

@@ -37,7 +37,7 @@ Variants, trained for the same number of steps:
             `spatial` is mere regularisation.
   oracle    control: the targets are the ground truth, as from a perfect labeller
 
-  python spatial_kd.py                          toy data, 90 seconds on 2 CPU cores
+  python spatial_kd.py                          toy data, 1 to 2 minutes on 2 CPU cores
   python spatial_kd.py --variants oracle        needs ground truth: toy data or HMDB51
   python spatial_kd.py --label-only             only the targets, for deit_video.py --grid
   python spatial_kd.py --data HMDB51 --student ViT-B-32:openai --labeller ViT-L-14:openai

@@ -33,7 +33,7 @@ Schedule: AdamW, lr 5e-6 for CLIP's towers (toy networks 4e-4), 10 times that fo
 weight decay .2; linear warm-up in the first tenth of the steps, then cosine to 0; 50 epochs (toy
 data 6), batch 32. All weights are trained, except Text4Vis's text tower.
 
-  python tinyclip_swap.py                       toy videos, 1 minute on 2 CPU cores
+  python tinyclip_swap.py                       toy videos, 1 to 2 minutes on 2 CPU cores
   python tinyclip_swap.py --affinity            also small_affinity, by eqs. (1) and (3)
   python tinyclip_swap.py --compare             ActionCLIP, ViFi-CLIP, Text4Vis, zero-shot CLIP
   python tinyclip_swap.py --unseen 4            hold out four classes and test them zero-shot
