@@ -477,7 +477,7 @@ def odd(tmp_path_factory):
 
 
 def test_one_unsupported_video_is_refused_before_training(odd, tmp_path):
-    with pytest.raises(common.BadInput, match="its codec is h264, not .*; add --reencode"):
+    with pytest.raises(common.BadInput, match=r"its codec is h264, not .*; add --reencode"):
         run_main("--data", odd, *FAST, "--out", tmp_path)
     assert not list(tmp_path.rglob("*.pt"))
 
