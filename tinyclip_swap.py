@@ -44,7 +44,7 @@ data 6), batch 32. All weights are trained, except Text4Vis's text tower.
 
 The plain command printed (2 cores of an x86_64 CPU, torch 2.15.0):
 RESULT tinyclip_swap data=toy split=1 seed=0 large=0.9833 small=0.9267 gmac_ratio=0.4818
-  seconds=152
+  seconds=114
 large, small: top-1 accuracy on the test videos after the last epoch. gmac_ratio: small's
 multiply-accumulates per video divided by large's. With --unseen, NAME_unseen: top-1 on the held-out
 classes, told apart from each other; NAME_unseen_all: the same, told apart from all classes.
