@@ -592,7 +592,8 @@ def main(argv=None):
         seen = torch.isin(common.video_ids(data.test), teacher.trained_on).sum().item()
         if seen:
             print(f"NOTE {checkpoint} was trained on {seen} of {len(data.test)} test videos")
-        save_results(folder, data, args, {}, [], start_time)  # --resume reads the flags
+        if not args.resume:  # --resume reads the flags of this file
+            save_results(folder, data, args, {}, [], start_time)
 
     # train and test
     results = {}

@@ -492,7 +492,8 @@ def main(argv=None):
     folder = make_run_folder("pkd_compressed", args)
     metadata = {"flags": vars(args), "digest": digest, "classes": data.classes}
     if RANK == 0:
-        save_results(folder, data, args, {}, [], start_time)  # --resume reads the flags
+        if not args.resume:  # --resume reads the flags of this file
+            save_results(folder, data, args, {}, [], start_time)
         can_flip = allowed_flips(data, args)
         never = [name for name, flip in zip(data.classes, can_flip, strict=True) if not flip]
         print(f"run: {folder}\n{data}; {len(held_out)} training videos held out\nnever flipped: "

@@ -551,7 +551,8 @@ def main(argv=None):
     folder = make_run_folder("spatial_kd", args)
     if RANK == 0:
         print_header(folder, data, can_flip, is_toy, args)
-        save_results(folder, data, args, {}, [], start_time)  # --resume reads its flags
+        if not args.resume:  # --resume reads the flags of this file
+            save_results(folder, data, args, {}, [], start_time)
 
     # the labeller makes the targets, for the student and for deit_video.py
     labelled_tasks = label_videos(vocabulary, data.train, args, data.undecodable)

@@ -393,7 +393,8 @@ def main(argv=None):
     if RANK == 0:
         print(f"run: {folder}\n{data}\n{flips}; {args.frames} frames per video; {WORLD_SIZE} "
               f"process(es), {DEVICE_NAME}", flush=True)
-        save_results(folder, data, args, {}, [], start_time)  # --resume reads the flags
+        if not args.resume:  # --resume reads the flags of this file
+            save_results(folder, data, args, {}, [], start_time)
 
     # train and test one model after another
     results = {}
