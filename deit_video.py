@@ -65,6 +65,7 @@ tinyclip_swap.py lists the differences from ActionCLIP's code.
 """
 import argparse
 import collections
+import csv
 import json
 import math
 import os
@@ -436,26 +437,31 @@ def train(variant, student, teacher, data, can_flip, args, folder):
 
 
 @torch.no_grad()
-def evaluate(model, data, args):
-    """-> {"top1": of what is deployed, "frame", "token": of each head, None if there is one head}.
-    Videos that cannot be decoded, with label -1, count as wrong."""
+def evaluate(model, data, args, path):
+    """Test on all videos and write the predictions to `path` -> {"top1": of what is deployed,
+    "frame", "token": of each head, None if there is one head}. Videos that cannot be decoded, with
+    label -1, count as wrong."""
     text = model.eval().encode_classes(data.classes)
     dataset = common.VideoDataset(data.test, args.frames, model.resize_to)
     loader = common.VideoLoader(dataset, args.batch_size, args.workers,
                                 undecodable=data.undecodable)
-    correct = torch.zeros(3, device=DEVICE)
+    p = torch.zeros(3, len(dataset), len(data.classes), device=DEVICE)          # (3, N, K)
     for batch in tqdm(loader, "test", leave=False, disable=None):
         video = common.center_crop(batch.video, model.crop_size, DEVICE)
-        labels = to_device(batch.label)
+        rows = [index for _, index in batch.rng_key]
+        decodable = to_device(batch.label)[:, None] >= 0                        # (B/W, 1)
         with autocast():
             h_token, h_frame = model.fusion.forward_heads(model.encode_frames(video))
         merged = merge_heads(h_token.float(), h_frame.float())
         for i, h in enumerate((merged, h_frame, h_token)):
-            predictions = class_probabilities(h.float(), text).argmax(1)
-            correct[i] += (predictions == labels).sum()
+            p[i, rows] = class_probabilities(h.float(), text) * decodable       # (B/W, K)
     if WORLD_SIZE > 1:
-        dist.all_reduce(correct)
-    top1, frame, token = (correct / len(dataset)).tolist()
+        dist.all_reduce(p)
+    if RANK == 0:
+        save_predictions(path, data, p[0])
+    labels = to_device([label for _, label in data.test])                       # (N,)
+    correct = (p.argmax(2) == labels) & (p.amax(2) > 0)                         # (3, N)
+    top1, frame, token = correct.float().mean(1).tolist()
     if isinstance(model.fusion, OneHead):
         frame = token = None
     return {"top1": top1, "frame": frame, "token": token}
@@ -604,7 +610,8 @@ def main(argv=None):
             history += train(name, student, teacher, data, can_flip, args, folder)
         results[name] = {"variant": name, "backbone": student.model.name}
         for suffix, test_set in test_sets.items():
-            top1 = evaluate(student.model, test_set, args)
+            path = folder / f"{name}{suffix}-predictions.csv"
+            top1 = evaluate(student.model, test_set, args, path)
             results[name][f"top1{suffix}"] = scores[name + suffix] = top1["top1"]
             if suffix == "":
                 results[name] |= top1
@@ -798,6 +805,21 @@ def save_results(folder, data, args, results, history, start_time):
               "versions": {name: version(name) for name in ("torch", "open_clip_torch", "av")}}
     with common.atomic_write(folder / "results.json") as path:
         path.write_text(json.dumps(record, indent=1))
+
+
+def save_predictions(path, data, p):
+    """Write the test videos with their classes, and the five likeliest of p (N, K). A video that
+    cannot be decoded has p = 0, and no class is written."""
+    values, indices = p.cpu().topk(min(5, len(data.classes)))                   # (N, 5) each
+    with common.atomic_write(path) as tmp, open(tmp, "w", newline="") as file:
+        file.write("video,truth,class1,p1,class2,p2,class3,p3,class4,p4,class5,p5\n")
+        writer = csv.writer(file, lineterminator="\n")
+        for n, (video, label) in enumerate(data.test):
+            row = [video, data.classes[label]]
+            for x, k in zip(values[n].tolist(), indices[n].tolist(), strict=True):
+                if x > 0:
+                    row += [data.classes[k], f"{x:.4f}"]
+            writer.writerow(row)
 
 
 def log_and_checkpoint(metrics, history, epochs, path, metadata, modules):

@@ -62,6 +62,7 @@ Differs from the paper and its code:
 """
 import argparse
 import contextlib
+import csv
 import json
 import os
 import platform
@@ -385,7 +386,7 @@ def train_exits(streams, exits, data, held_out, metadata, folder, args):
         metrics = {"variant": "exits", "epoch": epoch + 1}
         metrics.update(mean_losses(losses, args.schedules, exits, epoch))
         if held_out and epoch + 1 in test_epochs:
-            top1 = evaluate(streams, exits, held_out, data.undecodable, args)
+            top1, _ = evaluate(streams, exits, held_out, data.undecodable, args)
             metrics.update({f"held_out_{name}": top1[f"{name}_mean"] for name in args.schedules})
         log_and_checkpoint(metrics, history, args.exit_epochs, path, metadata, modules)
     return history
@@ -394,26 +395,30 @@ def train_exits(streams, exits, data, held_out, metadata, folder, args):
 @torch.no_grad()
 def evaluate(streams, exits, videos, undecodable, args):
     """Top-1 on videos [(path, label)] -> {"motion": of a network, "labels_motion1": of its exit 1,
-    "labels_mean": mean of the nine exits, ...}"""
+    "labels_mean": mean of the nine exits, ...}; class probabilities of the networks (3, N, K)"""
     streams.eval()
     exits.eval()
     correct = 0
+    p = torch.zeros(3, len(videos), streams.nets["mv"].fc.out_features, device=DEVICE)
     for batch in tqdm(make_loader(videos, undecodable, args), "test", leave=False, disable=None):
         features = frozen_features(streams, batch, args)
         logits = {name: features[f"{stream}4"] for stream, name in STREAMS.items()}
         for (schedule, stream), z in exits(features).items():
             for k, z_k in enumerate(z, 1):
                 logits[f"{schedule}_{STREAMS[stream]}{k}"] = z_k
-        predictions = torch.stack(list(logits.values())).argmax(2)              # (N, B)
+        z = torch.stack(list(logits.values()))                                  # (nets+E, B, K)
         # an undecodable video has the label -1, and so counts as wrong
-        correct += (predictions == features["labels"]).sum(1)                   # (N,)
+        correct += (z.argmax(2) == features["labels"]).sum(1)                   # (nets+E,)
+        decodable = features["labels"][:, None] >= 0                            # (B, 1)
+        p[:, [index for _, index in batch.rng_key]] = z[:3].softmax(2) * decodable
     if WORLD_SIZE > 1:
         dist.all_reduce(correct)
+        dist.all_reduce(p)
     top1 = dict(zip(logits, (correct / len(videos)).tolist(), strict=True))
     for schedule in args.schedules:
         exits_top1 = [x for name, x in top1.items() if name.startswith(f"{schedule}_")]
         top1[f"{schedule}_mean"] = sum(exits_top1) / 9
-    return top1
+    return top1, p
 
 
 def measure_flatness(streams, exits, data, args):
@@ -508,7 +513,7 @@ def main(argv=None):
     # train, test
     history = train_networks(streams, data, metadata, folder, args)
     history += train_exits(streams, exits, data, held_out, metadata, folder, args)
-    results = evaluate(streams, exits, data.test, data.undecodable, args)
+    results, p = evaluate(streams, exits, data.test, data.undecodable, args)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     if RANK == 0:
@@ -516,6 +521,8 @@ def main(argv=None):
         results["scores"] = {name: results[name] for name in names}
         if args.flatness:
             results["flatness"] = measure_flatness(streams, exits, data, args)
+        for name, p_network in zip(STREAMS.values(), p, strict=True):
+            save_predictions(folder / f"{name}-predictions.csv", data, p_network)
         save_results(folder, data, args, results, history, start_time)
         draw_modalities(data.test, data.classes, args, folder / "modalities.png")
         report(results, data, args, start_time)
@@ -693,6 +700,21 @@ def save_results(folder, data, args, results, history, start_time):
               "versions": {name: version(name) for name in ("torch", "open_clip_torch", "av")}}
     with common.atomic_write(folder / "results.json") as path:
         path.write_text(json.dumps(record, indent=1))
+
+
+def save_predictions(path, data, p):
+    """Write the test videos with their classes, and the five likeliest of p (N, K). A video that
+    cannot be decoded has p = 0, and no class is written."""
+    values, indices = p.cpu().topk(min(5, len(data.classes)))                   # (N, 5) each
+    with common.atomic_write(path) as tmp, open(tmp, "w", newline="") as file:
+        file.write("video,truth,class1,p1,class2,p2,class3,p3,class4,p4,class5,p5\n")
+        writer = csv.writer(file, lineterminator="\n")
+        for n, (video, label) in enumerate(data.test):
+            row = [video, data.classes[label]]
+            for x, k in zip(values[n].tolist(), indices[n].tolist(), strict=True):
+                if x > 0:
+                    row += [data.classes[k], f"{x:.4f}"]
+            writer.writerow(row)
 
 
 def log_and_checkpoint(metrics, history, epochs, path, metadata, modules):

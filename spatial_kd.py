@@ -57,6 +57,7 @@ the differences from ActionCLIP's code.
 """
 import argparse
 import collections
+import csv
 import functools
 import itertools
 import json
@@ -419,9 +420,10 @@ def train(variant, student, data, can_flip, args, folder):
 
 
 @torch.no_grad()
-def evaluate(student, data, args):
-    """Test on every video. The action, eq. (2), needs no heads. -> {task: accuracy, or None if the
-    ground truth is not known}; {index of a video: predicted labels} of this process's videos"""
+def evaluate(student, data, args, path):
+    """Test on every video, and write the predicted actions to `path`. The action, eq. (2), needs no
+    heads. -> {task: accuracy, or None if the ground truth is not known}; {index of a video:
+    predicted labels} of this process's videos"""
     model = student.eval().model
     tasks = [SpatialTask("action", data.classes), *student.tasks]
     class_embeddings = model.encode_classes(data.classes)                       # (P, K, D)
@@ -430,25 +432,32 @@ def evaluate(student, data, args):
     loader = common.VideoLoader(dataset, args.batch_size, args.workers,
                                 undecodable=data.undecodable)
     predictions = {}
+    p = torch.zeros(len(dataset), len(data.classes), device=DEVICE)             # (N, K)
     for batch in tqdm(loader, "test", leave=False, disable=None):
         pixels = common.center_crop(batch.video, model.crop_size, DEVICE)
         with autocast():
             v = model.encode_video(pixels).float()                              # (B, D)
         scores = [class_probabilities(v, class_embeddings)]                     # (B, K)        (2)
+        decodable = torch.tensor(batch.label, device=DEVICE)[:, None] >= 0      # (B, 1)
+        p[[index for _, index in batch.rng_key]] = scores[0] * decodable
         if student.tasks:
             scores += student.heads(v, label_embeddings)                        # (B, J) each
         best = torch.stack([z.argmax(1) for z in scores], 1).tolist()
         for (_, index), row in zip(batch.rng_key, best, strict=True):
             predictions[index] = [task.labels[j] for task, j in zip(tasks, row, strict=True)]
+    if WORLD_SIZE > 1:
+        dist.all_reduce(p)
+    if RANK == 0:
+        save_predictions(path, data, p)
 
     # compare with the ground truth; a video that cannot be decoded counts as wrong
     counts = torch.zeros(len(tasks), 2)                                         # correct, all
     for index, labels in predictions.items():
-        path, k = data.test[index]
-        attributes = {"action": data.classes[k], **video_attributes(path)}
+        video, k = data.test[index]
+        attributes = {"action": data.classes[k], **video_attributes(video)}
         for n, task in enumerate(tasks):
             if task.name in attributes:
-                correct = labels[n] == attributes[task.name] and path not in data.undecodable
+                correct = labels[n] == attributes[task.name] and video not in data.undecodable
                 counts[n] += torch.tensor([correct, True])
     if WORLD_SIZE > 1:
         counts = counts.to(DEVICE)
@@ -580,7 +589,10 @@ def main(argv=None):
         model = common.build_actionclip(args.student, cache=cache)
         student = Student(model, tasks[variant]).to(DEVICE)
         history += train(variant, student, data, can_flip, args, folder)
-        outputs = {name: evaluate(student, videos, args) for name, videos in tests.items()}
+        outputs = {}
+        for name, videos in tests.items():
+            path = folder / f"{variant}{name}-predictions.csv"
+            outputs[name] = evaluate(student, videos, args, path)
         accuracy, predictions[variant] = outputs[""]
         row = {"variant": variant}
         for name, (accuracies, _) in outputs.items():
@@ -775,6 +787,21 @@ def save_results(folder, data, args, results, history, start_time):
               "versions": {name: version(name) for name in ("torch", "open_clip_torch", "av")}}
     with common.atomic_write(folder / "results.json") as path:
         path.write_text(json.dumps(record, indent=1))
+
+
+def save_predictions(path, data, p):
+    """Write the test videos with their classes, and the five likeliest of p (N, K). A video that
+    cannot be decoded has p = 0, and no class is written."""
+    values, indices = p.cpu().topk(min(5, len(data.classes)))                   # (N, 5) each
+    with common.atomic_write(path) as tmp, open(tmp, "w", newline="") as file:
+        file.write("video,truth,class1,p1,class2,p2,class3,p3,class4,p4,class5,p5\n")
+        writer = csv.writer(file, lineterminator="\n")
+        for n, (video, label) in enumerate(data.test):
+            row = [video, data.classes[label]]
+            for x, k in zip(values[n].tolist(), indices[n].tolist(), strict=True):
+                if x > 0:
+                    row += [data.classes[k], f"{x:.4f}"]
+            writer.writerow(row)
 
 
 def log_and_checkpoint(metrics, history, epochs, path, metadata, modules):

@@ -66,6 +66,7 @@ across frames.
 """
 import argparse
 import collections
+import csv
 import json
 import math
 import os
@@ -297,22 +298,28 @@ def classify(model, videos, text, views=1):
     return class_probabilities(v, text).unflatten(0, (-1, views)).mean(1)       # (B, K)
 
 
-def evaluate(model, data, args):
-    """-> top-1 and top-5 accuracy on all test videos; undecodable ones count as wrong"""
+def evaluate(model, data, args, path):
+    """Test on all videos and write the predictions to `path` -> top-1 and top-5 accuracy;
+    undecodable videos count as wrong"""
     text = model.encode_classes(data.classes)                                   # (P, K, D)
     dataset = common.VideoDataset(data.test, args.frames, model.resize_to, args.sampling,
                                   args.views)
     loader = common.VideoLoader(dataset, args.batch_size, args.workers,
                                 undecodable=data.undecodable)
-    correct = torch.zeros(2, device=DEVICE)  # number of videos: in the top 1, in the top 5
+    p = torch.zeros(len(dataset), len(data.classes), device=DEVICE)             # (N, K)
     for batch in tqdm(loader, "test", leave=False, disable=None):
-        p = classify(model, batch.video, text, args.views)                      # (B/W, K)
-        top5 = p.topk(min(5, len(data.classes))).indices                        # (B/W, 5)
-        hits = top5 == torch.tensor(batch.label, device=DEVICE)[:, None]        # (B/W, 5)
-        correct += torch.stack([hits[:, 0].sum(), hits.sum()])
+        rows = [index for _, index in batch.rng_key]
+        decodable = torch.tensor(batch.label, device=DEVICE)[:, None] >= 0      # (B/W, 1)
+        p_batch = classify(model, batch.video, text, args.views)                # (B/W, K)
+        p[rows] = p_batch * decodable
     if WORLD_SIZE > 1:
-        dist.all_reduce(correct)
-    return (correct / len(dataset)).tolist()
+        dist.all_reduce(p)
+    if RANK == 0:
+        save_predictions(path, data, p)
+    labels = torch.tensor([label for _, label in data.test], device=DEVICE)     # (N,)
+    top5 = p.topk(min(5, len(data.classes)))
+    correct = (top5.indices == labels[:, None]) & (top5.values[:, :1] > 0)      # (N, 5)
+    return correct[:, 0].float().mean().item(), correct.any(1).float().mean().item()
 
 
 def median_ms(function):
@@ -411,7 +418,8 @@ def main(argv=None):
             teacher = models["large"] if variant == "small_affinity" else None
             history += train(variant, model, teacher, data, args, folder)
         for suffix, test_set in test_sets.items():
-            top1, top5 = evaluate(model, test_set, args)
+            path = folder / f"{variant}{suffix}-predictions.csv"
+            top1, top5 = evaluate(model, test_set, args, path)
             results[variant] |= {f"top1{suffix}": top1, f"top5{suffix}": top5}
             scores[variant + suffix] = top1
 
@@ -606,6 +614,21 @@ def save_results(folder, data, args, results, history, start_time):
               "versions": {name: version(name) for name in ("torch", "open_clip_torch", "av")}}
     with common.atomic_write(folder / "results.json") as path:
         path.write_text(json.dumps(record, indent=1))
+
+
+def save_predictions(path, data, p):
+    """Write the test videos with their classes, and the five likeliest of p (N, K). A video that
+    cannot be decoded has p = 0, and no class is written."""
+    values, indices = p.cpu().topk(min(5, len(data.classes)))                   # (N, 5) each
+    with common.atomic_write(path) as tmp, open(tmp, "w", newline="") as file:
+        file.write("video,truth,class1,p1,class2,p2,class3,p3,class4,p4,class5,p5\n")
+        writer = csv.writer(file, lineterminator="\n")
+        for n, (video, label) in enumerate(data.test):
+            row = [video, data.classes[label]]
+            for x, k in zip(values[n].tolist(), indices[n].tolist(), strict=True):
+                if x > 0:
+                    row += [data.classes[k], f"{x:.4f}"]
+            writer.writerow(row)
 
 
 def log_and_checkpoint(metrics, history, epochs, path, metadata, modules):

@@ -52,6 +52,7 @@ l1 0 up to exit 5 and .1 after it, sets the last row by hand, chooses theta on t
 r, mv, i (--exit-order), and in some variants divides u_j by j.
 """
 import argparse
+import csv
 import itertools
 import json
 import os
@@ -480,9 +481,17 @@ def main(argv=None):
     u_test = weighted_logits(test_logits, W)
     at_fusion_cost = evaluate(u_test, test_labels, theta_at_fusion_cost, costs)
     early_exit[f"{deployed}_at_fusion_cost"] = at_fusion_cost
-    taken = first_confident(u_test, theta)[test_labels >= 0]                    # (N,)
+    decodable = test_labels >= 0                                                # (N,)
+    taken = first_confident(u_test, theta)                                      # (N,)
     for j, row in enumerate(exit_rows):
-        row["leave_here"] = (taken == j).double().mean().item()
+        row["leave_here"] = (taken[decodable] == j).double().mean().item()
+
+    # the predictions of late fusion without exits, and of the deployed method with early exit
+    u_fusion = weighted_logits(test_logits, methods["late_fusion"][0])[-1]      # (N, K)
+    u_early = u_test[taken, range(len(taken))]                                  # (N, K)
+    for name, u in (("late_fusion", u_fusion), (f"{deployed}_early", u_early)):
+        p = u.softmax(-1) * decodable[:, None]                                  # (N, K)
+        save_predictions(folder / f"{name}-predictions.csv", data, p)
 
     # the numbers of RESULT
     last = exit_rows[-1]
@@ -654,6 +663,21 @@ def save_results(folder, data, args, results, history, start_time):
               "versions": {name: version(name) for name in ("torch", "open_clip_torch", "av")}}
     with common.atomic_write(folder / "results.json") as path:
         path.write_text(json.dumps(record, indent=1))
+
+
+def save_predictions(path, data, p):
+    """Write the test videos with their classes, and the five likeliest of p (N, K). A video that
+    cannot be decoded has p = 0, and no class is written."""
+    values, indices = p.cpu().topk(min(5, len(data.classes)))                   # (N, 5) each
+    with common.atomic_write(path) as tmp, open(tmp, "w", newline="") as file:
+        file.write("video,truth,class1,p1,class2,p2,class3,p3,class4,p4,class5,p5\n")
+        writer = csv.writer(file, lineterminator="\n")
+        for n, (video, label) in enumerate(data.test):
+            row = [video, data.classes[label]]
+            for x, k in zip(values[n].tolist(), indices[n].tolist(), strict=True):
+                if x > 0:
+                    row += [data.classes[k], f"{x:.4f}"]
+            writer.writerow(row)
 
 
 def format_table(rows, compare=()):

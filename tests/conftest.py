@@ -1,4 +1,5 @@
 """Fixtures that several test files share. One thread: two beside another process are slower."""
+import csv
 import os
 import subprocess
 import sys
@@ -51,6 +52,13 @@ def decoded(data, frames):
         videos = torch.cat([common.center_crop(batch.video, 32) for batch in batches])
         parts[part] = videos, torch.tensor(labels)
     return parts, data.classes
+
+
+def predicted_top1(path):
+    """Top-1 of a file of predictions, whose every line is a test video"""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return sum(row["class1"] == row["truth"] for row in rows) / len(rows)
 
 
 @pytest.fixture(scope="session")

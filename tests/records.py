@@ -1,13 +1,16 @@
-"""Means and intervals over seeds: the README's table, and runs of your own.
+"""Means and intervals over seeds, accuracy per class: the README's table, and runs of your own.
 
   python tests/records.py                    the README's table, from the RESULT lines in records/
   python tests/records.py all                mean and deviation of every number in records/
   python tests/records.py runs/spatial_kd    runs that differ in seed or split alone: mean of each
                                              number, standard deviation, 95 % interval
+  python tests/records.py runs/spatial_kd/RUN      accuracy per class, and what is confused most
 
 A record is a command after a $, with its RESULT line below. Intervals are t-intervals over seeds.
 Gains are computed seed by seed, in percentage points of top-1.
 """
+import collections
+import csv
 import json
 import re
 import statistics
@@ -128,6 +131,33 @@ def summarize(folder):
     return "\n".join(lines)
 
 
+def classes_of_run(folder):
+    """Accuracy per class of each NAME-predictions.csv of a run, and its most confused pairs"""
+    columns, confused = {}, []
+    for path in sorted(Path(folder).glob("*-predictions.csv")):
+        with open(path, newline="") as file:
+            pairs = [(row["truth"], row["class1"]) for row in csv.DictReader(file)]
+        correct = {}
+        for truth, prediction in pairs:
+            correct.setdefault(truth, []).append(truth == prediction)
+        accuracy = {name: statistics.mean(values) for name, values in sorted(correct.items())}
+        mean = statistics.mean(accuracy.values())
+        top1 = statistics.mean(truth == prediction for truth, prediction in pairs)
+        name = path.name.removesuffix("-predictions.csv")
+        columns[name] = accuracy | {"mean of the classes": mean, "top-1": top1}
+        confused.append(f"\nmost frequent mistakes of {name}")
+        mistakes = collections.Counter(pair for pair in pairs if pair[0] != pair[1])
+        for (truth, prediction), count in mistakes.most_common(5):
+            mistake = f"taken for {prediction}" if prediction else "cannot be decoded"
+            confused.append(f"  {truth}, {mistake}: {count} of {len(correct[truth])} videos")
+    lines = [f"{'class':30}" + "".join(f"  {name}" for name in columns)]
+    for row in dict.fromkeys(row for column in columns.values() for row in column):
+        cells = [f"{column[row]:.4f}" if row in column else "-" for column in columns.values()]
+        cells = [cell.rjust(len(name)) for cell, name in zip(cells, columns, strict=True)]
+        lines.append(f"{row:30}" + "".join(f"  {cell}" for cell in cells))
+    return "\n".join([*lines, *confused])
+
+
 DEIT = ("python deit_video.py --variants one_head two_heads two_heads_soft two_frame_heads "
         "one_head_soft")
 FEW_LABELS = ("python deit_video.py --shots 5 --epochs 900 --variants one_head two_heads_soft "
@@ -167,5 +197,7 @@ if __name__ == "__main__":
         print(findings(read_records()))
     elif sys.argv[1] == "all":
         print(all_numbers(read_records()))
+    elif any(Path(sys.argv[1]).glob("*-predictions.csv")):
+        print(classes_of_run(sys.argv[1]))
     else:
         print(summarize(sys.argv[1]))

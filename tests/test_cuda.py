@@ -88,6 +88,7 @@ def on_gpu(monkeypatch, toy):
     monkeypatch.setattr(common.ActionCLIP, "tokenize_classes", tokenize_classes)
     monkeypatch.setattr(common.ActionCLIP, "encode_classes", encode_classes)
     for script in (tinyclip_swap, spatial_kd, deit_video, pkd_compressed):
+        monkeypatch.setattr(script, "save_predictions", lambda *_: None)
         monkeypatch.setattr(script, "log_and_checkpoint", lambda *_: None)
         monkeypatch.setattr(script, "median_ms", call_eight_times, raising=False)
         # an epoch, not a step, may read its losses
@@ -130,7 +131,8 @@ def test_tinyclip_swap(on_gpu, build, clips, tmp_path):
     small, large = [build(common.build_actionclip, "toy-small:random") for _ in range(2)]
     check(on_gpu(tinyclip_swap, batches, tinyclip_swap.train, "small_affinity", small, large, data,
                  args, tmp_path))
-    check(on_gpu(tinyclip_swap, tests, tinyclip_swap.evaluate, small, data, args), 3 * len(tests))
+    check(on_gpu(tinyclip_swap, tests, tinyclip_swap.evaluate, small, data, args, tmp_path),
+          3 * len(tests))
     check(on_gpu(tinyclip_swap, [], tinyclip_swap.benchmark, small, data, args), CALLS)
     text = torch.rand(16, 6, small.embed_dim, device=DEVICE)
     embeddings = collections.deque(maxlen=4)
@@ -157,7 +159,8 @@ def test_spatial_kd(on_gpu, build, clips, tmp_path):
     args = spatial_kd.parse(SMALL)
     check(on_gpu(spatial_kd, batches, spatial_kd.train, "spatial", student, data, [False] * 6, args,
                  tmp_path))
-    check(on_gpu(spatial_kd, tests, spatial_kd.evaluate, student, data, args), 9 * len(tests))
+    check(on_gpu(spatial_kd, tests, spatial_kd.evaluate, student, data, args, tmp_path),
+          9 * len(tests))
 
 
 @pytest.mark.parametrize("variant", ["two_heads_hard", "two_heads_soft"])
@@ -169,7 +172,8 @@ def test_deit_video(on_gpu, build, clips, tmp_path, variant):
     args = deit_video.parse(SMALL)
     check(on_gpu(deit_video, batches, deit_video.train, variant, student, teacher, data,
                  [False] * 6, args, tmp_path))
-    check(on_gpu(deit_video, tests, deit_video.evaluate, model, data, args), 3 * len(tests))
+    check(on_gpu(deit_video, tests, deit_video.evaluate, model, data, args, tmp_path),
+          3 * len(tests))
     check(on_gpu(deit_video, [], deit_video.benchmark_embedding, model, 4), CALLS)
     video = torch.rand(1, 4, 3, model.crop_size, model.crop_size, device=DEVICE)
     on_gpu(deit_video, [], deit_video.token_attention, model, video)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import predicted_top1
 
 import common
 import deit_video
@@ -229,6 +230,9 @@ def test_every_variant_runs_and_reports_its_heads(all_variants):
     assert next(out.rglob("attention.png")).stat().st_size > 10_000
     scores = json.loads(next(out.rglob("results.json")).read_text())["results"]["scores"]
     assert scores == {name: x["top1"] for name, x in results.items()}
+    for name, top1 in scores.items():
+        path = next(out.rglob(f"{name}-predictions.csv"))
+        assert predicted_top1(path) == pytest.approx(top1)
     log = epochs(out)
     assert [metrics["variant"] for metrics in log[::2]] == list(results)
     for metrics in log:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import predicted_top1
 from torch import nn
 
 import common
@@ -247,7 +248,7 @@ def train_exits_on(labels, streams, data, folder, *flags):
                     {"digest": 0}, folder, args)
     shutil.rmtree(folder)
     folder.mkdir()
-    return exits.state_dict(), evaluate(nets, exits, data.train, {}, args)
+    return exits.state_dict(), evaluate(nets, exits, data.train, {}, args)[0]
 
 
 def exits_top1(results, schedule):
@@ -325,6 +326,8 @@ def test_accuracies_equal_a_count_by_hand_and_undecodable_videos_are_wrong(coded
     assert correct.total()  # none would prove nothing
     for name in STREAMS.values():
         assert results[name] == pytest.approx(correct[f"{name}4"] / 24)
+        path = next(tmp_path.rglob(f"{name}-predictions.csv"))
+        assert predicted_top1(path) == pytest.approx(results[name])
     for name in EXITS:
         assert results[f"progressive_{name}"] == pytest.approx(correct[name] / 24)
     mean = np.mean([results[f"progressive_{name}"] for name in EXITS])
@@ -347,7 +350,7 @@ def test_undecodable_training_videos_do_not_stop_the_test(coded):
     """Eleven may be few of the training videos, but too many for the few test videos."""
     data, args = common.load_dataset(coded), parse_fast()
     data.undecodable.update((f"{n}.mp4", "no readable video") for n in range(11))
-    results = evaluate(*networks(schedules=args.schedules), data.test, data.undecodable, args)
+    results, _ = evaluate(*networks(schedules=args.schedules), data.test, data.undecodable, args)
     assert len(results) == 3 + 2 * (9 + 1)
 
 
@@ -426,7 +429,7 @@ def test_two_processes_follow_one(base, coded, tmp_path, run_script):
     assert done.stdout.splitlines()[-1].startswith("RESULT pkd_compressed data=")
     saved, data = checkpoint(tmp_path), common.load_dataset(coded)
     schedules = ["progressive"]
-    results = evaluate(*networks(saved["streams"], saved["exits"], schedules), data.test, {},
+    results, _ = evaluate(*networks(saved["streams"], saved["exits"], schedules), data.test, {},
                        parse_fast("--schedules", *schedules))
     saved_results = record(tmp_path)["results"]
     assert results == {name: x for name, x in saved_results.items() if name != "scores"}

@@ -64,3 +64,18 @@ def test_runs_are_grouped_by_their_flags(tmp_path):
     assert re.search(r"--tau 1\.0   split 1 seed 0, split 1 seed 1\n"
                      r"soft +mean 0\.6000  sd 0\.1414  95 % \+-1\.2706  of 0\.5000 0\.7000", text)
     assert "--tau 2.0   split 1 seed 0\n" in text
+
+
+def test_accuracy_per_class_and_confusion_of_a_run(tmp_path):
+    lines = ["a,wave,wave,.9,clap,.1", "b,wave,clap,.6,wave,.4", "c,wave", "d,clap,clap,1."]
+    header = "video,truth,class1,p1,class2,p2"
+    (tmp_path / "large-predictions.csv").write_text("\n".join([header, *lines]))
+    (tmp_path / "large_unseen-predictions.csv").write_text(f"{header}\ne,jump,jump,1.")
+    table, mistakes = records.classes_of_run(tmp_path).split("\n\n")[:2]
+    assert [line.split() for line in table.splitlines()] == [
+        ["class", "large", "large_unseen"], ["clap", "1.0000", "-"], ["wave", "0.3333", "-"],
+        ["mean", "of", "the", "classes", "0.6667", "1.0000"], ["top-1", "0.5000", "1.0000"],
+        ["jump", "-", "1.0000"]]
+    assert mistakes.splitlines() == [
+        "most frequent mistakes of large", "  wave, taken for clap: 1 of 3 videos",
+        "  wave, cannot be decoded: 1 of 3 videos"]

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import predicted_top1
 
 import common
 import deit_video
@@ -300,6 +301,10 @@ def test_variants_differ_in_their_weights_and_only_heads_are_added(all_variants)
     saved = read_results(out)["results"]
     assert all(saved["scores"][variant] == row["top1"] for variant, row in results.items())
     assert {variant: saved[variant] for variant in results} == results
+    for variant, row in results.items():
+        for name in ("top1", "top1_swapped"):
+            path = next(out.rglob(f"{variant}{name.removeprefix('top1')}-predictions.csv"))
+            assert predicted_top1(path) == pytest.approx(row[name])
     assert results["baseline"]["colour"] is None
     assert 0 <= results["spatial"]["colour"] <= 1
     assert len(weights(out)) - len(weights(out, "baseline")) == 9  # four heads and their scales
@@ -355,16 +360,18 @@ def test_picture_has_no_empty_half(toy, tmp_path, monkeypatch, frames):
     assert columns.nonzero().max() > .8 * len(columns)
 
 
-def test_heads_do_not_change_the_prediction_of_the_action(plain, moves):
+def test_heads_do_not_change_the_prediction_of_the_action(plain, moves, tmp_path):
     """The accuracy is that of tinyclip_swap.py's run, whatever the heads predict."""
     data = load_dataset(str(moves))
     args = spatial_kd.parse(["--workers", "0", "--frames", "4"])
     model = build_actionclip("toy-large", checkpoint=plain[1])
-    accuracy, predictions = spatial_kd.evaluate(Student(model, toy_vocabulary()), data, args)
+    path = tmp_path / "a-predictions.csv"
+    accuracy, predictions = spatial_kd.evaluate(Student(model, toy_vocabulary()), data, args, path)
     record = json.loads(plain[1].with_name("results.json").read_text())
     assert accuracy["action"] == pytest.approx(record["results"]["large"]["top1"])
     assert list(accuracy) == ["action", "colour", "shape", "place", "scene"]
-    without_heads, actions = spatial_kd.evaluate(Student(model, []), data, args)
+    assert predicted_top1(path) == accuracy["action"]
+    without_heads, actions = spatial_kd.evaluate(Student(model, []), data, args, path)
     assert without_heads == {"action": accuracy["action"]}
     assert {i: labels[:1] for i, labels in predictions.items()} == actions
 

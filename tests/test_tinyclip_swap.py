@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import predicted_top1
 
 import common
 import tinyclip_swap
@@ -361,6 +362,13 @@ def test_undecodable_videos_are_named_once_and_count_as_wrong(toy, tmp_path, cap
     correct = p.view(24, 3, 6).mean(1).argmax(1) == torch.tensor(batch.label)
     assert batch.label[4] == -1
     assert results["small"]["top1"] == pytest.approx(correct.float().mean().item())
+    for variant in results:
+        path = next(tmp_path.rglob(f"{variant}-predictions.csv"))
+        assert predicted_top1(path) == pytest.approx(results[variant]["top1"])
+        lines = path.read_text().splitlines()
+        assert len(lines) == 25
+        assert lines[5] == f"{folder}/test/0004.mp4,growing"
+    assert lines[1].split(",")[2] == data.classes[p.view(24, 3, 6).mean(1)[0].argmax()]
 
 
 def test_weizmann_runs_and_counts_every_video(shared, tmp_path, capsys):

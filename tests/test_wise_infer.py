@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import predicted_top1
 from torch import nn
 
 import common
@@ -564,6 +565,8 @@ def test_results_file_and_result_line_agree(trained, base, tmp_path, capsys):
     scores = " ".join(f"{name}={r[name]:.4f}" for name in NAMES)
     assert re.fullmatch(rf"RESULT wise_infer data={trained.folder.name} split=1 seed=0 {scores} "
                         r"seconds=\d+", printed.splitlines()[-1])
+    for name in ("late_fusion", "wise_early"):
+        assert predicted_top1(next(tmp_path.rglob(f"{name}-predictions.csv"))) == r[name]
     assert r["last_exit"] == r["exits"][11]["single_exit"]
     assert r["late_fusion"] == r["exits"][11]["late_fusion"]
     assert r["wise_early"] == r["wise"] == r["exits"][11]["wise"]
