@@ -902,10 +902,19 @@ class VideoLoader(torch.utils.data.DataLoader):
 # ---- augmentation --------------------------------------------------------------------------------
 
 
-def center_crop(videos, size, device="cpu"):
-    """The middle of each video: list of uint8 (T, 3, H, W) -> float (B, T, 3, S, S) in 0..1"""
-    videos = [video.to(device, non_blocking=True) for video in videos]
-    return torch.stack([TF.center_crop(video, [size, size]) for video in videos]).float() / 255
+def center_crop(videos, size, device="cpu", crops=1):
+    """The middle of each video, or several crops from end to end of its longer side, one after the
+    other: list of uint8 (T, 3, H, W) -> float (B, crops*T, 3, S, S) in 0..1"""
+    places = [.5] if crops == 1 else np.linspace(0, 1, crops)
+    batch = []
+    for video in videos:
+        video = video.to(device, non_blocking=True)
+        H, W = video.shape[-2:]
+        for place in places:
+            top = round((H - size) * (place if H > W else .5))
+            left = round((W - size) * (.5 if H > W else place))
+            batch.append(TF.crop(video, top, left, size, size))
+    return torch.stack(batch).unflatten(0, (-1, crops)).flatten(1, 2).float() / 255
 
 
 SIDES = re.compile(r"(?<![a-z])(left|right|(counter|anti)?clockwise)(?![a-z])")

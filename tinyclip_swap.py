@@ -37,6 +37,7 @@ data 6), batch 32. All weights are trained, except Text4Vis's text tower.
   python tinyclip_swap.py --affinity            also small_affinity, by eqs. (1) and (3)
   python tinyclip_swap.py --compare             ActionCLIP, ViFi-CLIP, Text4Vis, zero-shot CLIP
   python tinyclip_swap.py --unseen 4            hold out four classes and test them zero-shot
+  for s in 2 4 8 16; do python tinyclip_swap.py --shots $s; done      few-shot learning
   python tinyclip_swap.py --data HMDB51 --large ViT-B-32:openai --batch-size 64 \\
       --small TinyCLIP-ViT-40M-32-Text-19M:TinyCLIP-ViT-40M-32-Text-19M-LAION400M.pt
   python tinyclip_swap.py --data HMDB51 --eval-only ViT-B-32:vit-b-32-8f.pt
@@ -288,10 +289,11 @@ def train(variant, model, teacher, data, args, folder):
 
 
 @torch.no_grad()
-def classify(model, videos, text, views=1):
+def classify(model, videos, text, views=1, crops=1):
     """videos: list of uint8 (V*T, 3, H, W); text (P, K, D) -> probabilities (B, K), the mean over
-    the views of a video"""
-    video = common.center_crop(videos, model.crop_size, DEVICE)                 # (B, V*T, 3, H, W)
+    the views and crops of a video"""
+    video = common.center_crop(videos, model.crop_size, DEVICE, crops)          # (B, CVT, 3, H, W)
+    views *= crops
     video = video.unflatten(1, (views, -1)).flatten(0, 1)                       # (B*V, T, 3, H, W)
     with autocast():
         v = model.encode_video(video).float()                                   # (B*V, D)
@@ -310,7 +312,7 @@ def evaluate(model, data, args, path):
     for batch in tqdm(loader, "test", leave=False, disable=None):
         rows = [index for _, index in batch.rng_key]
         decodable = torch.tensor(batch.label, device=DEVICE)[:, None] >= 0      # (B/W, 1)
-        p_batch = classify(model, batch.video, text, args.views)                # (B/W, K)
+        p_batch = classify(model, batch.video, text, args.views, args.crops)    # (B/W, K)
         p[rows] = p_batch * decodable
     if WORLD_SIZE > 1:
         dist.all_reduce(p)
@@ -341,11 +343,12 @@ def benchmark(model, data, args):
     text = model.encode_classes(data.classes)                                   # (P, K, D)
     shape = args.frames * args.views, 3, model.crop_size, model.crop_size
     videos = torch.randint(256, (32 if USE_CUDA else 4, *shape), dtype=torch.uint8)
-    batch_ms = median_ms(lambda: classify(model, videos, text, args.views))
+    views = args.views, args.crops
+    batch_ms = median_ms(lambda: classify(model, videos, text, *views))
     return {
         "params M": model.num_params_m(),
-        "GMAC/video": model.gmacs(args.frames) * args.views,
-        "ms/video": median_ms(lambda: classify(model, videos[:1], text, args.views)),
+        "GMAC/video": model.gmacs(args.frames) * args.views * args.crops,
+        "ms/video": median_ms(lambda: classify(model, videos[:1], text, *views)),
         "ms with decoding": median_ms(
             lambda: classify(model, [dataset[0, 0].video], text, args.views)),
         "videos/s": 1e3 * len(videos) / batch_ms}
@@ -482,6 +485,8 @@ def parse(argv=None):
     add("--sampling", choices=("tsn", "dense"), default="tsn",
         help="one frame from each of T segments, or T frames of a window (default: tsn)")
     add("--views", type=int, default=1, help="windows per test video, if dense (default: 1)")
+    add("--crops", type=int, default=1, choices=(1, 3),
+        help="crops per test video: the middle, or 3 along its longer side (default: 1)")
 
     group = parser.add_argument_group("model")
     add = group.add_argument

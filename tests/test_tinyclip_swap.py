@@ -371,6 +371,20 @@ def test_undecodable_videos_are_named_once_and_count_as_wrong(toy, tmp_path, cap
     assert lines[1].split(",")[2] == data.classes[p.view(24, 3, 6).mean(1)[0].argmax()]
 
 
+def test_three_crops_are_averaged(toy, compared, tmp_path):
+    """The middle and both ends of the longer side; costs are those of three videos."""
+    flags = ("--data", toy, *SMALL, "--out", tmp_path, "--eval-only", "toy-large:random")
+    results = run(*flags, "--crops", 3)["eval_only"]
+    assert results["GMAC/video"] == 3 * compared[1]["zero_shot"]["GMAC/video"]
+    model = common.build_actionclip("toy-large:random")
+    text = model.encode_classes(["moving up", "growing"])
+    video = torch.randint(256, (4, 3, 40, 56), dtype=torch.uint8)
+    p = tinyclip_swap.classify(model, [video], text, 2, 3)
+    parts = [tinyclip_swap.classify(model, [video[half, ..., left:left + 32]], text)
+             for left in (0, 12, 24) for half in (slice(0, 2), slice(2, 4))]
+    torch.testing.assert_close(p, sum(parts) / 6)
+
+
 def test_weizmann_runs_and_counts_every_video(shared, tmp_path, capsys):
     results = run("--data", shared / "weizmann", *SMALL, "--epochs", 1, "--out", tmp_path)
     assert "\ntop1: 30 test videos" in capsys.readouterr().out
