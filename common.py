@@ -161,7 +161,7 @@ class VideoLists:
     def warnings(self):
         """-> sentences to print beside the results"""
         trained = {label for _, label in self.train}
-        untrained = [name for k, name in enumerate(self.classes) if k not in trained]
+        untrained = [name for k, name in enumerate(self.classes) if trained and k not in trained]
         lists = {"listed videos are missing": self.missing,
                  "classes are held out of training": self.unseen,
                  "classes have no training video": untrained,
@@ -187,17 +187,18 @@ def readable_class_name(name):
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_", " ", name).lower()
 
 
-def load_dataset(data, split=1, allow_missing=False, cache="runs/cache", toys="toy"):
+def load_dataset(data, split=1, allow_missing=False, cache="runs/cache", toys="toy",
+                 test_only=False):
     """Read the lists of a data set: `toy` (rendered on first use, one of TOY_DATASETS) or a folder
-    in one of FORMATS. Class indices follow the sorted names, never the ids of a list.
-    -> VideoLists. Raises BadInput."""
+    in one of FORMATS. Class indices follow the sorted names, never the ids of a list. test_only:
+    train/ or the training CSV may be absent. -> VideoLists. Raises BadInput."""
     root = Path(data)
     if data == "toy":
         make = functools.partial(make_toy_dataset, **TOY_DATASETS[toys])
         root = make_once(cache, f"{toys}-v2", make)
     if not root.is_dir():
         raise BadInput(f"--data {data}: there is no such folder. Name a folder, or toy. {FORMATS}")
-    train_rows, test_rows = _read_lists(root, split)
+    train_rows, test_rows = _read_lists(root, split, test_only)
     rows = train_rows + test_rows
     file_ids = {path: _file_id(path) for path, _ in rows}
     missing = [path for path, file_id in file_ids.items() if file_id is None]
@@ -215,11 +216,11 @@ def load_dataset(data, split=1, allow_missing=False, cache="runs/cache", toys="t
     index = {name: classes.index(names[name]) for name in names}
     train = [(path, index[name]) for path, name in train_rows if file_ids[path]]
     test = [(path, index[name]) for path, name in test_rows if file_ids[path]]
-    if not (train and test):
-        raise BadInput(f"{root}: there is no {'test' if train else 'training'} video, and "
+    if not (test and (train or test_only)):
+        raise BadInput(f"{root}: there is no {'training' if test else 'test'} video, and "
                        f"{len(missing)} listed videos are missing")
     untrained = {name for _, name in test_rows} - {name for _, name in train_rows}
-    if untrained:
+    if untrained and not test_only:
         raise BadInput(f"{root}: {len(untrained)} classes of the test list are not in the training "
                        f"list: {', '.join(sorted(untrained)[:4])}")
     train_ids = {file_ids[path] for path, _ in train}
@@ -262,19 +263,19 @@ def _class_names(root, names):
     return {name: readable_class_name(name) for name in names}
 
 
-def _read_lists(root, split):
+def _read_lists(root, split, test_only):
     """-> training and test rows [(path, label as listed)]"""
-    csvs = [root / f"train{split}.csv", root / f"test{split}.csv"]
-    if split == 1 and not all(map(Path.is_file, csvs)):
-        csvs = [root / "train.csv", root / "test.csv"]
     if (root / "testTrainMulti_7030_splits").is_dir():
         return _read_hmdb51(root, split)
     if (root / "ucfTrainTestlist").is_dir():
         return _read_ucf101(root, split)
-    if all(map(Path.is_file, csvs)):
-        return _read_csv(csvs[0]), _read_csv(csvs[1])
-    if split == 1 and (root / "train").is_dir() and (root / "test").is_dir():
-        return _read_class_folders(root / "train"), _read_class_folders(root / "test")
+    for number in (split, "") if split == 1 else (split,):
+        train, test = root / f"train{number}.csv", root / f"test{number}.csv"
+        if test.is_file() and (train.is_file() or test_only):
+            return _read_csv(train) if train.is_file() else [], _read_csv(test)
+    train, test = root / "train", root / "test"
+    if split == 1 and test.is_dir() and (train.is_dir() or test_only):
+        return _read_class_folders(train), _read_class_folders(test)
     raise BadInput(f"--data {root}: there is no data set with a split {split}. {FORMATS}")
 
 

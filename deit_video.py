@@ -548,7 +548,8 @@ def main(argv=None):
     # data; with --unseen, there are several test sets
     cache = Path(args.out, "cache")
     toys = "toy-diagonals" if args.unseen else "toy"
-    data = common.load_dataset(args.data, args.split, args.allow_missing, cache, toys)
+    data = common.load_dataset(args.data, args.split, args.allow_missing, cache, toys,
+                               test_only=args.eval_only is not None)
     test_sets = common.hold_out_classes(data, args.unseen, args.seed)
     data = common.subsample_shots(test_sets[""], args.shots, args.seed)
     tasks, labeller = load_targets(data, args) if args.grid else ([], None)
@@ -679,7 +680,8 @@ def parse(argv=None):
     add("--grid", nargs="?", const="labels", choices=("labels", "hard", "soft"),
         help="instead, all three techniques, with this loss of the token (default: labels)")
     add("--targets", metavar="FILE", help="targets.pt for --grid (default: the newest that fits)")
-    add("--eval-only", metavar="FILE", help="test this checkpoint, or --watch with it")
+    add("--eval-only", metavar="FILE",
+        help="test this checkpoint, or --watch with it; there may be no training list")
 
     add = parser.add_argument_group("training").add_argument
     add("--alpha", type=float, default=.5, help="weight of the token's loss (default: 0.5)")

@@ -370,7 +370,8 @@ def main(argv=None):
     # data: with --unseen, there are test sets of the held-out classes, too
     cache = Path(args.out, "cache")
     toys = "toy-diagonals" if args.unseen else "toy"
-    data = common.load_dataset(args.data, args.split, args.allow_missing, cache, toys)
+    data = common.load_dataset(args.data, args.split, args.allow_missing, cache, toys,
+                               test_only=args.eval_only is not None)
     test_sets = common.hold_out_classes(data, args.unseen, args.seed)
     data = common.subsample_shots(test_sets[""], args.shots, args.seed)
     data = common.corrupt_labels(data, args.label_noise, args.seed)
@@ -498,7 +499,8 @@ def parse(argv=None):
     add("--affinity", action="store_true", help="also train small_affinity, by eqs. (1) and (3)")
     add("--compare", action="store_true", help="compare four models on the large backbone")
     add("--eval-only", metavar="MODEL", help="train nothing: test, or --watch with, a checkpoint "
-        "(FILE; of ActionCLIP's code NAME:FILE) or the zero-shot CLIP NAME[:WEIGHTS]")
+        "(FILE; of ActionCLIP's code NAME:FILE) or the zero-shot CLIP NAME[:WEIGHTS]; there may be "
+        "no training list")
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, help="number of epochs (default: 50, toy data 6)")

@@ -246,7 +246,10 @@ def test_every_variant_runs_and_reports_its_heads(all_variants):
 @pytest.mark.parametrize("variant", ["two_heads", "two_frame_heads", "one_head_soft"])
 def test_eval_only_repeats_the_top1_of_training(all_variants, toy, tmp_path, variant):
     file = next(all_variants[1].rglob(f"{variant}-last.pt"))
-    results = run("--data", toy, "--workers", 0, "--out", tmp_path, "--eval-only", file)
+    shutil.copytree(toy / "test", tmp_path / "only" / "test")
+    shutil.copy(toy / "test1.csv", tmp_path / "only")  # and no training list
+    results = run("--data", tmp_path / "only", "--workers", 0, "--out", tmp_path,
+                  "--eval-only", file)
     expected = all_variants[0][variant]
     for name in ("top1", "frame", "token", "params M", "GMAC/video"):
         assert results["eval_only"][name] == expected[name]

@@ -4,6 +4,7 @@ import re
 import runpy
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -242,6 +243,27 @@ def test_eval_only_of_the_plain_checkpoint_gives_its_number(plain, moves, out):
     saved = json.loads(plain[1].with_name("results.json").read_text())["results"]["large"]
     assert results["eval_only"]["top1"] == saved["top1"]
     assert results["eval_only"]["GMAC/video"] == saved["GMAC/video"]
+
+
+def test_eval_only_needs_no_training_list(plain, moves, tmp_path, capsys):
+    """A list of test videos is enough, and so are their class folders."""
+    data = common.load_dataset(moves)
+    rows = ["path,label"]
+    for path, label in data.test:
+        rows.append(f"{path},{data.classes[label]}")
+        folder = tmp_path / "folders" / "test" / data.classes[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / Path(path).name).symlink_to(path)
+    (tmp_path / "listed").mkdir()
+    (tmp_path / "listed" / "test.csv").write_text("\n".join(rows))
+    saved = json.loads(plain[1].with_name("results.json").read_text())["results"]["large"]
+    for name in ("listed", "folders"):
+        flags = ("--data", tmp_path / name, "--workers", 0, "--out", tmp_path)
+        results = run(*flags, "--eval-only", plain[1])
+        assert results["eval_only"]["top1"] == saved["top1"]
+        assert f"{name}: 4 classes, 0 training videos, 80 test" in capsys.readouterr().out
+        with pytest.raises(common.BadInput, match="there is no data set with a split 1"):
+            run(*flags)
 
 
 def save_released_checkpoint(path, model):
