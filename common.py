@@ -1138,9 +1138,9 @@ class MeanHead(nn.Module):
 
 class ActionCLIP(nn.Module):
     """A CLIP and a fusion head: videos and texts become embeddings in one space, not normalised.
-    Pixels are normalised in here. frames: T of the checkpoint, or None. templates: sentences about
-    a class. trained_on: video_ids of the checkpoint. crop_size: side of the input frames.
-    resize_to: shorter side to decode to (224: 256)."""
+    Pixels are normalised in here. frames: T of the checkpoint, or None. classes: those of the
+    checkpoint, or []. templates: sentences about a class. trained_on: video_ids of the checkpoint.
+    crop_size: side of the input frames. resize_to: shorter side to decode to (224: 256)."""
 
     def __init__(self, name, clip_model, tokenizer, fusion_head=FusionHead):
         super().__init__()
@@ -1148,6 +1148,7 @@ class ActionCLIP(nn.Module):
         self.clip_model = clip_model
         self.tokenizer = tokenizer
         self.frames = None
+        self.classes = []
         self.templates = TEMPLATES
         self.trained_on = torch.tensor([])
         self.crop_size = int(np.max(clip_model.visual.image_size))
@@ -1210,7 +1211,7 @@ class ActionCLIP(nn.Module):
     def metadata(self, frames, data):
         """What a checkpoint says beside the weights. data: VideoLists that it is trained on"""
         return {"backbone": self.name, "quick_gelu": self.clip_model.quick_gelu, "frames": frames,
-                "templates": self.templates, "digest": data.digest(),
+                "classes": data.classes, "templates": self.templates, "digest": data.digest(),
                 "trained_on": video_ids(data.train)}
 
 
@@ -1230,6 +1231,7 @@ def build_actionclip(spec, fusion_head=FusionHead, cache="runs/cache", checkpoin
     if "fusion" in saved:
         load_state_dict(model.fusion, saved["fusion"], path, "the fusion head")
         model.frames = saved.get("frames")
+        model.classes = saved.get("classes", [])
         model.trained_on = saved.get("trained_on", model.trained_on)
         if model.frames is not None and not (type(model.frames) is int and 0 < model.frames < 78):
             raise BadInput(f"{path}: it says {model.frames} frames; 1 to 77 are possible")

@@ -350,7 +350,7 @@ def benchmark(model, data, args):
         "GMAC/video": model.gmacs(args.frames) * args.views * args.crops,
         "ms/video": median_ms(lambda: classify(model, videos[:1], text, *views)),
         "ms with decoding": median_ms(
-            lambda: classify(model, [dataset[0, 0].video], text, args.views)),
+            lambda: classify(model, [dataset[0, 0].video], text, *views)),
         "videos/s": 1e3 * len(videos) / batch_ms}
 
 
@@ -516,7 +516,10 @@ def parse(argv=None):
     add("--watch", metavar="SOURCE", help="label a live video: a file, an address, - (standard "
         "input), or a camera (/dev/video0, avfoundation:0, dshow:video=NAME)")
     add("--labels", type=split_labels, default=[],
-        help='any words for --watch to choose from, such as "waving, running"')
+        help='any words for --watch to choose from, such as "waving, running" (default: the '
+        "checkpoint's classes)")
+    add("--threshold", type=float, default=.5,
+        help="--watch names no label that is less probable (default: 0.5)")
     add("--fps", type=float, default=4., help="frames per second for --watch (default: 4)")
     add("--no-drop", action="store_true", help="label every sampled frame, however late")
 
@@ -526,13 +529,14 @@ def parse(argv=None):
     args = parse_flags(parser, argv, {
         "epochs": (1, 10**6), "frames": (1, 77), "views": (1, 1000), "shots": (0, 10**9),
         "batch_size": (2, 10**6),  # eq. (1) compares the videos of a batch
-        "label_noise": (0, 1), "lr": (1e-12, 10), "fps": (.01, 1000), "seed": (0, 2**63 - 1)})
+        "label_noise": (0, 1), "lr": (1e-12, 10), "fps": (.01, 1000), "threshold": (0, 1),
+        "seed": (0, 2**63 - 1)})
     if args.epochs is None:
         args.epochs = 6 if args.data == "toy" else 50
     if args.lr is None:
         args.lr = 4e-4 if args.large.startswith("toy-") else 5e-6
-    if args.watch is not None and len(args.labels) < 2:
-        parser.error('--watch needs at least two labels: --labels "waving, running"')
+    if args.watch is not None and not (args.labels or args.eval_only):
+        parser.error('--watch needs labels: --labels "waving, running"')
     return args
 
 
@@ -727,10 +731,16 @@ def stream_step(model, embeddings, frame, text):
 
 def watch(model, args):
     """Print the most probable labels of a live video once per second, until it ends or Ctrl-C."""
-    text = model.encode_classes(args.labels)                                    # (P, K, D)
+    labels = args.labels or model.classes
+    if len(labels) < 2:
+        raise common.BadInput('--watch needs two labels or more: --labels "waving, running"')
+    text = model.encode_classes(labels)                                         # (P, K, D)
     embeddings = collections.deque(maxlen=model.frames or args.frames)
+    is_toy = os.path.isfile(Path(args.watch).parent / "../toy_attributes.json")
+    if model.name.startswith("toy-") and not is_toy:
+        print(f"NOTE {model.name} is a toy network: its labels for a real video mean little")
     print(f"{model.name} on {DEVICE_NAME}, {embeddings.maxlen} frames, {args.fps:g} per second; "
-          f"labels: {', '.join(args.labels)}", flush=True)
+          f"labels: {', '.join(labels)}", flush=True)
     line, last_second, latencies = "", 0, []
     try:
         for seconds, frame in common.live_frames(args.watch, args.fps, drop=not args.no_drop):
@@ -738,8 +748,8 @@ def watch(model, args):
             frame = common.frame_to_tensor(frame, model.resize_to)              # (3, H, W)
             p = stream_step(model, embeddings, frame, text).cpu()               # (K,)
             latencies.append(1e3 * (time.perf_counter() - start_time))
-            top3 = [f"{args.labels[k]} {p[k]:.2f}" for k in p.argsort(descending=True)[:3]]
-            label = args.labels[p.argmax()] if p.max() >= .5 else "none of these"
+            top3 = [f"{labels[k]} {p[k]:.2f}" for k in p.argsort(descending=True)[:3]]
+            label = labels[p.argmax()] if p.max() >= args.threshold else "-"
             line = f"{seconds:7.1f} s  {label:20} {latencies[-1]:6.1f} ms  {', '.join(top3)}\n"
             if int(seconds) > last_second:
                 print(line, end="", flush=True)

@@ -23,7 +23,7 @@ from tinyclip_swap import class_probabilities, main, parse
 
 LABELS = list(common.MOTIONS)
 CHOICE = r"([a-z ]+) ([01]\.\d\d)"
-LINE = re.compile(rf" *(\d+\.\d) s  ([a-z ]+?) +\d+\.\d ms  {CHOICE}, {CHOICE}, {CHOICE}")
+LINE = re.compile(rf" *(\d+\.\d) s  ([a-z -]+?) +\d+\.\d ms  {CHOICE}, {CHOICE}, {CHOICE}")
 FLAGS = ("--labels", ", ".join(LABELS), "--large", "toy-small:random")
 
 
@@ -115,14 +115,26 @@ def test_stream_equals_the_offline_model(plain, three_actions, watch, monkeypatc
 
 
 def test_one_line_per_second_with_the_three_best_labels(tmp_path, watch, monkeypatch):
-    """And "none of these" below one half; the last line is printed once."""
-    p = [[.49, .3, .21, 0, 0, 0], [0, .5, .3, .2, 0, 0]] * 30
+    """And no label below the threshold; the last line is printed once."""
+    p = [[.49, .3, .21, 0, 0, 0], [0, .5, .3, .2, 0, 0]] * 60
     monkeypatch.setattr(tinyclip_swap, "stream_step", Mock(side_effect=map(torch.tensor, p)))
     done = watch(write(tmp_path / "a.mp4", noise(60, 16, 16), "mpeg4"), "--fps", 24)
-    rows = [LINE.fullmatch(line).groups() for line in done.printed.splitlines()[1:-1]]
+    rows = [LINE.fullmatch(line).groups() for line in done.printed.splitlines()[2:-1]]
     assert [row[0] for row in rows] == ["1.0", "2.0", "2.5"]
-    assert rows[0][1:] == ("none of these", LABELS[0], "0.49", LABELS[1], "0.30", LABELS[2], "0.21")
+    assert rows[0][1:] == ("-", LABELS[0], "0.49", LABELS[1], "0.30", LABELS[2], "0.21")
     assert rows[2][1:4] == (LABELS[1], LABELS[1], "0.50")
+    done = watch(tmp_path / "a.mp4", "--fps", 24, "--threshold", .49)
+    assert LINE.fullmatch(done.printed.splitlines()[2])[2] == LABELS[0]
+
+
+def test_a_checkpoint_has_labels_and_a_toy_network_knows_toy_videos(
+        plain, moves, three_actions, capsys):
+    note = "NOTE toy-large is a toy network: its labels for a real video mean little"
+    for video, notes in ((moves / "test" / "0000.mp4", []), (three_actions, [note])):
+        main(["--watch", str(video), "--no-drop", "--eval-only", str(plain[1])])
+        *first, header = capsys.readouterr().out.splitlines()[:len(notes) + 1]
+        assert first == notes
+        assert header.endswith("labels: moving down, moving left, moving right, moving up")
 
 
 # ---- which frames
@@ -187,7 +199,7 @@ def test_standard_input_of_a_process_that_is_interrupted(tmp_path, out):
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     process.stdin.write(data[:len(data) // 2])
     process.stdin.flush()
-    printed = process.stdout.readline() + process.stdout.readline()  # to that of the first second
+    printed = b"".join(process.stdout.readline() for _ in range(3))  # to that of the first second
     process.send_signal(signal.SIGINT)
     printed = (printed + process.stdout.read()).decode()
     assert process.wait(60) == 0
@@ -289,9 +301,15 @@ def test_labels_are_any_words():
         assert parse(["--watch", "a.mp4", "--labels", words]).labels == labels
 
 
-@pytest.mark.parametrize("flags", ["--watch a", "--watch a --labels one,one", "--watch="])
-def test_watch_needs_two_labels(flags, capsys):
+@pytest.mark.parametrize("flags", ["--watch a", "--watch a --labels ,", "--watch="])
+def test_watch_needs_labels(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(flags.split())
     assert stop.value.code == 2
     assert "--labels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [("--labels", "one,one"), ("--eval-only", "toy-small:random")])
+def test_watch_needs_two_labels(flags, out):
+    with pytest.raises(common.BadInput, match="needs two labels or more"):
+        main(["--watch", "a.mp4", "--large", "toy-small:random", "--out", str(out), *flags])
