@@ -60,6 +60,7 @@ import platform
 import sys
 import tempfile
 import time
+import zlib
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -78,6 +79,8 @@ DEVICE_NAME = torch.cuda.get_device_name() if USE_CUDA else f"{platform.machine(
 STREAMS = {"mv": "motion", "r": "residual", "i": "iframe"}
 METHODS = {"zero": "wise", "fusion": "wise_fusion_prior"}  # by prior
 L1_GRID = (1., .1, .01, .001)
+# what weights and theta depend on, beside the checkpoint
+CHOICE_FLAGS = "schedule", "exit_order", "segments", "prior", "l1", "theta", "max_drop"
 
 # ---- the method: eqs. (1)-(4) --------------------------------------------------------------------
 
@@ -424,6 +427,18 @@ def main(argv=None):
     if "toy" in checkpoint["flags"]["networks"]:
         torch.set_num_threads(1)  # small networks run faster on one thread
     cascade = Cascade(checkpoint, args.schedule, args.exit_order, args.segments)
+
+    # --video needs neither the data set nor a fit, if a run like this one has left its choice
+    choice_file = path.with_name("wise.json")
+    key = {name: vars(args)[name] for name in CHOICE_FLAGS}
+    key["checkpoint"] = zlib.crc32(path.read_bytes())
+    if args.video and choice_file.exists():
+        choice = json.loads(choice_file.read_text())
+        if choice["key"] == key:
+            print(f"checkpoint: {path}\nweights and theta: from {choice_file}", flush=True)
+            W = torch.tensor(choice["weights"], dtype=torch.float64)
+            return classify_files(cascade, args.video, W, choice["theta"])
+
     data, held_out = load_videos(checkpoint, path, args)
     if not args.video:
         folder = create_folder(args)
@@ -458,6 +473,12 @@ def main(argv=None):
     theta = args.theta
     if theta is None:
         theta = cheapest_theta(u, labels, costs, args.max_drop)
+    try:
+        with common.atomic_write(choice_file) as tmp:
+            tmp.write_text(json.dumps({"key": key, "weights": W.tolist(), "theta": theta}))
+        print(f"weights and theta: chosen on {len(labels)} videos, and kept in {choice_file}")
+    except common.BadInput as error:  # the checkpoint may be someone else's
+        print(f"NOTE {error}")
     if args.video:
         return classify_files(cascade, args.video, W, theta)
     budget = evaluate(u, labels, theta, costs)["GMAC"]
@@ -631,7 +652,8 @@ def parse(argv=None):
         help="confidence above which a video leaves (default: see --max-drop)")
     add("--max-drop", type=float, default=.5, metavar="POINTS",
         help="choose the cheapest theta that loses at most so many points of top-1 (default: 0.5)")
-    add("--video", nargs="+", metavar="FILE", help="only classify these files, by early exit")
+    add("--video", nargs="+", metavar="FILE", help="only classify these files, by early exit; the "
+        "second time, weights and theta come from wise.json beside the checkpoint")
 
     add = parser.add_argument_group("output").add_argument
     add("--out", default="runs", metavar="FOLDER",

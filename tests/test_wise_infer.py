@@ -624,6 +624,39 @@ def test_video_prints_what_the_test_predicts_and_reencodes_other_codecs(
         run(*flags, tmp_path / "broken.mp4", tmp_path / "gone.mp4")
 
 
+def test_the_second_video_takes_the_choice_of_the_first(trained, tmp_path, monkeypatch, capsys):
+    """Without a pass over the held-out videos, unless the checkpoint or a flag is another one."""
+    file = tmp_path / "last.pt"
+    shutil.copy(trained.file, file)
+    video = trained.data.test[5][0]
+    flags = ("--out", tmp_path, "--checkpoint", file, "--l1", .1)
+    run(*flags)
+    passes = []
+    logits = Cascade.logits
+
+    def spy(*args):
+        passes.append(1)
+        return logits(*args)
+
+    monkeypatch.setattr(Cascade, "logits", spy)
+    capsys.readouterr()
+    run(*flags, "--video", video)
+    line = capsys.readouterr().out.splitlines()
+    assert line[1] == f"weights and theta: from {tmp_path / 'wise.json'}"
+    run(*flags, "--theta", 2, "--video", video)
+    assert len(passes) == 1
+    chosen = capsys.readouterr().out.splitlines()
+    run(*flags, "--theta", 2, "--video", video)
+    assert len(passes) == 1
+    kept = capsys.readouterr().out.splitlines()
+    assert kept[-1].rpartition(", ")[0] == chosen[-1].rpartition(", ")[0]  # without the time
+    run(*flags, "--prior", "fusion", "--theta", 2, "--video", video)
+    assert len(passes) == 2
+    torch.save({**trained.checkpoint, "new": 1}, file)
+    run(*flags, "--prior", "fusion", "--theta", 2, "--video", video)
+    assert len(passes) == 3
+
+
 # ---- which checkpoint is taken, and mistakes
 
 
