@@ -307,6 +307,15 @@ def test_good_input_is_good_but_has_one_split(tmp_path):
         load_dataset(tmp_path, 2)
 
 
+def test_a_test_needs_no_training_list_and_may_have_other_classes(tmp_path):
+    fill(tmp_path, GOOD | {"test.csv": csv("c.mp4,jump")})
+    assert load_dataset(tmp_path, test_only=True).classes == ["clap", "jump", "wave"]
+    (tmp_path / "train.csv").unlink()
+    data = load_dataset(tmp_path, test_only=True)
+    assert (data.classes, data.train, len(data.test)) == (["jump"], [], 1)
+    assert data.warnings() == []
+
+
 @pytest.mark.parametrize("data", ["no/such/folder", "Toy", "a.mp4"])
 def test_unknown_folder_lists_the_formats(tmp_path, monkeypatch, data):
     monkeypatch.chdir(fill(tmp_path, clips=["a.mp4"]))

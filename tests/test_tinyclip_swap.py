@@ -146,6 +146,11 @@ def test_two_processes_follow_the_losses_of_one(toy, three_variants, tmp_path, r
     done = run_script("tinyclip_swap.py", "--data", toy, *SMALL, "--affinity", "--out", tmp_path,
                       OMP_NUM_THREADS="1", python=torchrun)
     assert done.returncode == 0, done.stderr
+    for variant, top1 in record(tmp_path)["results"]["scores"].items():
+        if variant != "gmac_ratio":
+            path = next(tmp_path.rglob(f"{variant}-predictions.csv"))
+            assert predicted_top1(path) == pytest.approx(top1)
+            assert path.read_text().count(",") == 11 * 25
     for one, two in zip(history(three_variants[0]), history(tmp_path), strict=True):
         assert one.keys() == two.keys()
         for name in {"actionclip_loss", "affinity_loss"} & one.keys():
