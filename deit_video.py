@@ -448,7 +448,7 @@ def evaluate(model, data, args, path):
     p = torch.zeros(3, len(dataset), len(data.classes), device=DEVICE)          # (3, N, K)
     for batch in tqdm(loader, "test", leave=False, disable=None):
         video = common.center_crop(batch.video, model.crop_size, DEVICE)
-        rows = [index for _, index in batch.rng_key]
+        rows = to_device([index for _, index in batch.rng_key])                 # (B/W,)
         decodable = to_device(batch.label)[:, None] >= 0                        # (B/W, 1)
         with autocast():
             h_token, h_frame = model.fusion.forward_heads(model.encode_frames(video))

@@ -410,7 +410,8 @@ def evaluate(streams, exits, videos, undecodable, args):
         # an undecodable video has the label -1, and so counts as wrong
         correct += (z.argmax(2) == features["labels"]).sum(1)                   # (nets+E,)
         decodable = features["labels"][:, None] >= 0                            # (B, 1)
-        p[:, [index for _, index in batch.rng_key]] = z[:3].softmax(2) * decodable
+        rows = torch.tensor([index for _, index in batch.rng_key])              # (B,)
+        p[:, rows.to(DEVICE, non_blocking=True)] = z[:3].softmax(2) * decodable  # (3, B, K)
     if WORLD_SIZE > 1:
         dist.all_reduce(correct)
         dist.all_reduce(p)

@@ -438,8 +438,9 @@ def evaluate(student, data, args, path):
         with autocast():
             v = model.encode_video(pixels).float()                              # (B, D)
         scores = [class_probabilities(v, class_embeddings)]                     # (B, K)        (2)
+        rows = torch.tensor([index for _, index in batch.rng_key])              # (B,)
         decodable = torch.tensor(batch.label, device=DEVICE)[:, None] >= 0      # (B, 1)
-        p[[index for _, index in batch.rng_key]] = scores[0] * decodable
+        p[rows.to(DEVICE, non_blocking=True)] = scores[0] * decodable           # (B, K)
         if student.tasks:
             scores += student.heads(v, label_embeddings)                        # (B, J) each
         best = torch.stack([z.argmax(1) for z in scores], 1).tolist()

@@ -310,10 +310,10 @@ def evaluate(model, data, args, path):
                                 undecodable=data.undecodable)
     p = torch.zeros(len(dataset), len(data.classes), device=DEVICE)             # (N, K)
     for batch in tqdm(loader, "test", leave=False, disable=None):
-        rows = [index for _, index in batch.rng_key]
+        rows = torch.tensor([index for _, index in batch.rng_key])              # (B/W,)
         decodable = torch.tensor(batch.label, device=DEVICE)[:, None] >= 0      # (B/W, 1)
         p_batch = classify(model, batch.video, text, args.views, args.crops)    # (B/W, K)
-        p[rows] = p_batch * decodable
+        p[rows.to(DEVICE, non_blocking=True)] = p_batch * decodable
     if WORLD_SIZE > 1:
         dist.all_reduce(p)
     if RANK == 0:
