@@ -13,6 +13,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import http.client
 import io
 import itertools
 import json
@@ -23,12 +24,15 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.error
+import urllib.request
 import zlib
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 import av
+import huggingface_hub
 import numpy as np
 import open_clip
 import torch
@@ -78,12 +82,12 @@ def atomic_write(path):
         raise BadInput(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def make_once(cache, name, make):
+def make_once(cache, name, make, verb="making"):
     """Call make(path) unless cache/name exists. Change the version in `name` with the code of make.
     In a group of processes, process 0 makes it and the others wait. -> path"""
     path = Path(cache) / name
     if not path.exists() and (not dist.is_initialized() or dist.get_rank() == 0):
-        print(f"making {path}, once ...", file=sys.stderr)
+        print(f"{verb} {path}, once ...", file=sys.stderr)
         with atomic_write(path) as tmp:
             make(tmp)
     if dist.is_initialized():
@@ -1006,12 +1010,57 @@ CLIP_CONFIGS = {  # the first six are the TinyCLIPs that open_clip can build
     "toy-resnet": _clip_config(64, 16, [1, 1, 1, 1], None, 64, 4, 1, 32, 20, head_width=16)}
 
 
+TINYCLIP_URL = "https://github.com/wkcn/TinyCLIP-model-zoo/releases/download/checkpoints"
+ACTIONCLIP_URL = "https://download.openmmlab.com/mmaction/v1.0/projects/actionclip"  # mmaction2
+
+
+def weight_urls(name):
+    """-> {tag: address} of weights that open_clip does not know: those of TinyCLIP, and of
+    ActionCLIP trained on Kinetics-400"""
+    if name in CLIP_CONFIGS and name.startswith("TinyCLIP"):
+        tag = "YFCC15M" if "-16-" in name else "LAION400M"
+        return {tag: f"{TINYCLIP_URL}/{name}-{tag}.pt"}
+    urls = {}
+    for frames in {"ViT-B-32": (8,), "ViT-B-16": (8, 16, 32)}.get(name, ()):
+        model = f"actionclip_vit-base-p{name[-2:]}-res224-clip-pre_1x1x{frames}_k400-rgb"
+        urls[f"kinetics400-{frames}f"] = f"{ACTIONCLIP_URL}/{model}/{name.lower()}-{frames}f.pth"
+    return urls
+
+
+def find_weights(spec):
+    """The file of NAME:WEIGHTS, where WEIGHTS is a file, a tag of weight_urls or an address, which
+    is downloaded once. -> its path, or None for other WEIGHTS. Raises BadInput."""
+    name, _, weights = spec.partition(":")
+    if Path(weights).is_file():
+        return weights
+    url = weight_urls(name).get(weights, weights)
+    if not url.startswith(("https://", "http://")):
+        return None
+    folder = Path(torch.hub.get_dir(), "checkpoints")
+    file = url.partition("?")[0].rpartition("/")[2]
+    if url == weights:  # many addresses end in the same name
+        file = f"{zlib.crc32(url.encode()):08x}-{file}"
+
+    def download(tmp):
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                size = answer.length
+            torch.hub.download_url_to_file(url, str(tmp))
+            if size not in (None, tmp.stat().st_size):  # torch.hub does not compare
+                raise OSError("the connection broke off")
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise BadInput(f"{url} cannot be downloaded ({error}). Get the file in another way; "
+                           f"put it at {folder / file}, or write {name}:FILE") from error
+
+    return str(make_once(folder, file, download, f"downloading {url} to"))
+
+
 def build_clip_model(spec, cache="runs/cache"):
     """Build a CLIP from NAME[:WEIGHTS] -> (clip_model, tokenizer, what read_weights gave, or {}).
 
-    NAME: one of CLIP_CONFIGS, or an open_clip name with two plain towers. WEIGHTS: an open_clip
-    tag, a file that read_weights knows, or `random`. Without WEIGHTS, toy CLIPs come pre-trained
-    and all others are random. Raises BadInput.
+    NAME: one of CLIP_CONFIGS, or an open_clip name with two plain towers. WEIGHTS: a tag of
+    open_clip or weight_urls, a file that read_weights knows, its https:// address, or `random`.
+    Without WEIGHTS, toy CLIPs come pre-trained and all others are random. Raises BadInput.
 
     The activation belongs to the weights: QuickGELU for OpenAI's, GELU for TinyCLIP's and LAION's.
     The wrong one loads silently and costs accuracy. A bare file does not say which; for a file of
@@ -1024,26 +1073,31 @@ def build_clip_model(spec, cache="runs/cache"):
             or "timm_model_name" in config["vision_cfg"]:
         raise BadInput(f"{name:.99} is not a CLIP that can be built here; use ViT-B-32, ViT-B-16, "
                        f"RN50, ... of open_clip, {', '.join(CLIP_CONFIGS)}")
-    path, tag = None, {}
-    if Path(weights).is_file():
-        path = weights
-    elif not weights and name.startswith("toy-"):
+    path, tag = find_weights(spec), {}
+    if not weights and name.startswith("toy-"):
         path = make_once(cache, f"{name}-v2", functools.partial(_train_toy_clip, name))
     elif not weights:
         print(f"{name} has RANDOM WEIGHTS, because no :WEIGHTS were named", file=sys.stderr)
-    elif weights != "random":
+    elif not path and weights != "random":
         tag = open_clip.get_pretrained_cfg(name, weights)
         if not tag:
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-            raise BadInput(f"{spec}: {weights} is not a file, nor a tag of {name} (tags: {tags}). "
-                           f"TinyCLIP's files are at github.com/wkcn/TinyCLIP-model-zoo")
+            tags = [*weight_urls(name), *open_clip.list_pretrained_tags_by_model(name)]
+            raise BadInput(f"{spec}: {weights} is not a file, an address, nor a tag of {name} "
+                           f"(tags: {', '.join(tags) or 'none'})")
         print(f"{spec}: downloading, unless it is in the cache ...", file=sys.stderr)
+        hub = huggingface_hub.constants
+        try:
+            urllib.request.urlopen(hub.ENDPOINT, timeout=5).close()
+        except urllib.error.HTTPError:
+            pass  # there is a network
+        except OSError:
+            hub.HF_HUB_OFFLINE = True  # the cache alone; otherwise it would retry for a minute
         try:
             path = open_clip.download_pretrained(tag)
         except Exception as error:
-            raise BadInput(f"{spec} cannot be downloaded ({type(error).__name__}). Get the file "
-                           f"and write {name}:FILE, or {name}-quickgelu:FILE if it is OpenAI's"
-                           ) from error
+            raise BadInput(f"{spec} cannot be downloaded ({type(error).__name__}). Get the weights "
+                           f"from {hub.ENDPOINT}/{tag.get('hf_hub')} and write {name}:FILE, or "
+                           f"{name}-quickgelu:FILE if they are OpenAI's") from error
     saved = read_weights(path) if path else {}
     quick_gelu = {"quick_gelu": False, **config, **tag, **saved}["quick_gelu"]  # the last is right
     clip_model = open_clip.CLIP(**{**config, "quick_gelu": quick_gelu})
@@ -1053,7 +1107,7 @@ def build_clip_model(spec, cache="runs/cache"):
     if path:
         state = open_clip.convert.convert_state_dict(clip_model, saved["clip"])
         load_state_dict(clip_model, state, path, name)
-        if "quick_gelu" not in saved and not tag and not name.startswith("toy-"):
+        if "quick_gelu" not in saved and not tag and name not in CLIP_CONFIGS:
             print(f"{path} does not say its activation: {'Quick' * quick_gelu}GELU is taken",
                   file=sys.stderr)
     tokenizer = open_clip.SimpleTokenizer(context_length=clip_model.context_length)
@@ -1062,10 +1116,11 @@ def build_clip_model(spec, cache="runs/cache"):
 
 def read_weights(path):
     """Read a file of weights -> {"clip": state dict, ...}. Raises BadInput. Known layouts:
-    TinyCLIP's and open_clip's {"state_dict"}, or bare tensors;
+    TinyCLIP's and open_clip's {"state_dict"}, {"model"}, or bare tensors;
     ActionCLIP's {"model_state_dict", "fusion_model_state_dict"}, which adds "fusion" and quick_gelu
-    = True (the checkpoints of these scripts say quick_gelu, and more, themselves).
-    OpenAI's own TorchScript archives are programs, and are not run."""
+    = True (the checkpoints of these scripts say quick_gelu, and more, themselves);
+    mmaction2's clip.* and adapter.*, which adds "frames", the number of its positions, too.
+    Files that could run code, such as OpenAI's own TorchScript archives, are refused."""
     if not Path(path).is_file():
         raise BadInput(f"{path}: there is no such file")
     metadata = {}
@@ -1073,23 +1128,44 @@ def read_weights(path):
         state = open_clip.factory.load_state_dict(str(path))
         for key in ("input_resolution", "context_length", "vocab_size"):  # of a converted archive
             state.pop(key, None)
+        state = state.get("model", state)
         if "model_state_dict" in state:
             metadata = {key: value for key, value in state.items() if "state" not in key}
             metadata = {"quick_gelu": True, **metadata, "fusion": state["fusion_model_state_dict"]}
+            metadata["fusion"] = _without_wrappers(metadata["fusion"])
             state = state["model_state_dict"]
-            for weights in (state, metadata["fusion"]):
-                nn.modules.utils.consume_prefix_in_state_dict_if_present(weights, "module.")
+        state = _without_wrappers(state)
+        if "text_model.final_layer_norm.weight" in state:
+            raise ValueError("it has the layout of Hugging Face's transformers; use open_clip's")
+        positions = state.get("adapter.frame_position_embeddings.weight")       # (T, D)
+        if positions is not None:
+            fusion = {key: state.pop(key) for key in list(state) if key.startswith("adapter.")}
+            fusion = {key.removeprefix("adapter."): x for key, x in fusion.items()}
+            padding = (0, 0, 0, 77 - len(positions))
+            fusion["frame_position_embeddings.weight"] = F.pad(positions, padding)
+            metadata = {"quick_gelu": True, "frames": len(positions), "fusion": fusion}
+            state = {key.removeprefix("clip."): x for key, x in state.items()}
         dtypes = {x.dtype for x in state.values() if torch.is_tensor(x) and x.ndim}
         if not all(dtype.is_floating_point for dtype in dtypes - {torch.int64}):
             raise ValueError(f"weights of {dtypes}")
     except Exception as error:
-        if "TorchScript" in str(error):
+        code = ""
+        if "TorchScript" in str(error):  # as OpenAI's files
+            code = f"torch.jit.load('{path}', 'cpu').state_dict()"
+        elif "GLOBAL" in str(error):  # objects of other classes, as in files of mmaction2's trainer
+            code = f"torch.load('{path}', 'cpu', weights_only=False)['state_dict']"
+        if code:
             raise BadInput(
-                f"{path} is a TorchScript archive, as OpenAI's files are, and could run any code. "
-                f"If you trust it, convert it: python -c \"import torch; torch.save(torch.jit.load("
-                f"'{path}', 'cpu').state_dict(), 'FILE')\" and use NAME-quickgelu:FILE") from error
+                f"{path} is TorchScript or holds other objects than tensors, and could run any "
+                f"code. If you trust it, convert it: python -c \"import torch; torch.save({code}, "
+                f"'FILE')\" and use NAME:FILE, or NAME-quickgelu:FILE for OpenAI's") from error
         raise BadInput(f"{path} holds no weights in a known layout ({error!r:.99})") from error
     return {**metadata, "clip": state}
+
+
+def _without_wrappers(state):
+    """Remove the prefixes that DataParallel, torch.compile and Lightning put before names."""
+    return {re.sub(r"^((_orig_mod|model|module)\.)+", "", key): x for key, x in state.items()}
 
 
 TEMPLATES = (  # ActionCLIP's 16
@@ -1142,7 +1218,7 @@ class ActionCLIP(nn.Module):
     checkpoint, or []. templates: sentences about a class. trained_on: video_ids of the checkpoint.
     crop_size: side of the input frames. resize_to: shorter side to decode to (224: 256)."""
 
-    def __init__(self, name, clip_model, tokenizer, fusion_head=FusionHead):
+    def __init__(self, name, clip_model, tokenizer, fusion_head=FusionHead, layers=6):
         super().__init__()
         self.name = name
         self.clip_model = clip_model
@@ -1159,7 +1235,7 @@ class ActionCLIP(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         heads = max(1, clip_model.ln_final.weight.numel() // 64)  # as in ActionCLIP
         stds = (.1, .5) if name.startswith("toy-") else (.02, .02)
-        self.fusion = fusion_head(self.embed_dim, heads, 6, *stds)
+        self.fusion = fusion_head(self.embed_dim, heads, layers, *stds)
 
     def encode_frames(self, video):
         """(B, T, 3, S, S) in 0..1 -> (B, T, D)"""
@@ -1227,7 +1303,8 @@ def build_actionclip(spec, fusion_head=FusionHead, cache="runs/cache", checkpoin
         spec = f"{saved.get('backbone', spec.partition(':')[0])}:{checkpoint}"
     clip_model, tokenizer, saved = build_clip_model(spec, cache)
     name, _, path = spec.partition(":")
-    model = ActionCLIP(name, clip_model, tokenizer, fusion_head)
+    layers = sum(key.endswith("in_proj_weight") for key in saved.get("fusion", ())) or 6
+    model = ActionCLIP(name, clip_model, tokenizer, fusion_head, layers)
     if "fusion" in saved:
         load_state_dict(model.fusion, saved["fusion"], path, "the fusion head")
         model.frames = saved.get("frames")

@@ -169,8 +169,8 @@ def build_model(variant, args):
     spec = args.small if variant.startswith("small") else args.large
     if variant == "eval_only":
         spec = args.eval_only or args.large
-    file = spec if Path(spec).is_file() else spec.partition(":")[2]
-    saved = common.read_weights(file) if Path(file).is_file() else {}
+    file = spec if Path(spec).is_file() else common.find_weights(spec)
+    saved = common.read_weights(file) if file else {}
     head = saved.get("fusion")  # ActionCLIP's checkpoints have one, also those of this script
     if head and {"token", "linear.weight"} & head.keys():
         raise common.BadInput(f"{file} has two heads: use deit_video.py --eval-only {file}")

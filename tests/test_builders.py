@@ -3,17 +3,23 @@
 CLIP and ActionCLIP are written out below once more, by hand, as functions of a state dict with the
 official names. A wrong activation, mask or eps loads without a word; only outputs tell.
 """
+import functools
+import http.server
 import math
 import re
+import threading
 
+import huggingface_hub
 import numpy as np
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 import common
+import tinyclip_swap
 from common import BadInput, FusionHead, MeanHead, build_actionclip, build_clip_model
 
 QUICK = open_clip.transformer.QuickGELU
@@ -205,7 +211,7 @@ def test_a_real_backbone_has_the_official_names_and_shapes():
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_with_the_place(tiny, tmp_path):
-    path = official(tmp_path / "a.pt", tiny, draw(fusion_shapes(96, layers=2)))
+    path = official(tmp_path / "a.pt", tiny, draw(fusion_shapes(64, layers=2)))
     for head in (FusionHead, MeanHead):
         with pytest.raises(BadInput, match=r"a\.pt does not fit the fusion head"):
             build_actionclip(f"ViT-B-32:{path}", head)
@@ -350,6 +356,152 @@ def test_a_released_tinyclip_file_loads_strictly_and_computes_with_exact_gelu(tm
         assert_near(clip.encode_image((frames - MEAN) / STD), hand_images(state, frames, exact))
 
 
+# ---- weights by name -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hosts(tmp_path, monkeypatch):
+    """A server that stands for all hosts of weights: ADDRESS is the file tmp_path/hosts/ADDRESS.
+    Of files named broken.pt, it sends the first half."""
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def copyfile(self, source, out):
+            content = source.read()
+            out.write(content[:len(content) // (2 if "broken" in self.path else 1)])
+
+        def log_message(self, *_):
+            pass
+
+    folder = tmp_path / "hosts"
+    folder.mkdir()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0),
+                                             functools.partial(Handler, directory=folder))
+    threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    for name in ("TINYCLIP_URL", "ACTIONCLIP_URL"):
+        address = getattr(common, name).replace("https://", f"{server.url}/")
+        monkeypatch.setattr(common, name, address)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def offer(tmp_path, address, content):
+    path = tmp_path / "hosts" / address
+    path.parent.mkdir(parents=True)
+    return keep(content, path)
+
+
+TINYCLIPS = "github.com/wkcn/TinyCLIP-model-zoo/releases/download/checkpoints"
+ACTIONCLIPS = "download.openmmlab.com/mmaction/v1.0/projects/actionclip"
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_tinyclips_are_downloaded_once(hosts, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setitem(common.CLIP_CONFIGS, name, common.CLIP_CONFIGS["toy-small"])
+    tag = "YFCC15M" if name in list(SIX)[:2] else "LAION400M"
+    model = build_clip_model(f"{name}:random")[0].eval()
+    state = {f"module.{key}": value for key, value in model.state_dict().items()}
+    offer(tmp_path, f"{TINYCLIPS}/{name}-{tag}.pt", {"state_dict": state})
+    again = build_clip_model(f"{name}:{tag}")[0].eval()
+    assert same(again.state_dict(), model.state_dict())
+    image = torch.rand(2, 3, 32, 32)
+    assert torch.equal(again.encode_image(image), model.encode_image(image))
+    assert activation(again) is nn.GELU
+    path = tmp_path / "hub" / "checkpoints" / f"{name}-{tag}.pt"
+    assert re.findall("^downloading .*", capsys.readouterr().err, re.M) == [
+        f"downloading {hosts.url}/{TINYCLIPS}/{name}-{tag}.pt to {path}, once ..."]
+    hosts.shutdown()
+    build_clip_model(f"{name}:{tag}")
+    assert "downloading" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "T"), [("ViT-B-32", 8), ("ViT-B-16", 8), ("ViT-B-16", 16),
+                                         ("ViT-B-16", 32)])
+def test_actionclips_of_mmaction2_are_downloaded(hosts, tiny, tmp_path, monkeypatch, name, T):
+    configs = open_clip.factory._MODEL_CONFIGS
+    monkeypatch.setitem(configs, name, configs["ViT-B-32"])
+    fusion = draw(fusion_shapes(96, layers=2), seed=1)
+    fusion["frame_position_embeddings.weight"] = fusion["frame_position_embeddings.weight"][:T]
+    state = {f"clip.{key}": value.half() for key, value in tiny.items()}
+    state |= {f"adapter.{key}": value for key, value in fusion.items()}
+    folder = f"actionclip_vit-base-p{name[-2:]}-res224-clip-pre_1x1x{T}_k400-rgb"
+    file = offer(tmp_path, f"{ACTIONCLIPS}/{folder}/vit-b-{name[-2:]}-{T}f.pth",
+                 {"state_dict": state})
+    args = tinyclip_swap.parse(["--eval-only", f"{name}:kinetics400-{T}f"])
+    model = tinyclip_swap.build_model("eval_only", args).cpu().eval()
+    by_file = build_actionclip(name, checkpoint=file)
+    assert same(model.state_dict(), by_file.state_dict())
+    assert model.frames == by_file.frames == T
+    assert model.clip_model.quick_gelu
+    video, tokens = torch.rand(1, T, 3, 48, 48), model.tokenizer(["a dog runs"])
+    state = {key: value.half().float() for key, value in tiny.items()}
+    with torch.no_grad():
+        frames = hand_images(state, video[0], quick)[None]
+        assert_near(model.encode_video(video), hand_fusion(fusion, frames, HEADS))
+        assert_near(model.encode_text(tokens), hand_texts(state, tokens, HEADS, quick))
+
+
+def test_an_address_is_a_name_too(hosts, tmp_path):
+    state = build_clip_model("toy-small:random")[0].state_dict()
+    for folder in "ab":  # files of the same name
+        offer(tmp_path, f"{folder}/model.pt", state)
+        state = {key: value + 1 for key, value in state.items()}
+    one, two = [build_clip_model(f"toy-small:{hosts.url}/{folder}/model.pt?download=true")[0]
+                for folder in "ab"]
+    assert same({key: value + 1 for key, value in one.state_dict().items()}, two.state_dict())
+
+
+@pytest.mark.parametrize(("file", "reason"), [
+    ("absent.pt", "404"), ("broken.pt", "broke off"), ("unreachable.pt", "refused")])
+def test_a_download_that_fails_leaves_nothing_and_shows_the_way(hosts, tmp_path, file, reason):
+    offer(tmp_path, "folder/broken.pt", torch.rand(99999))
+    url = f"{'http://127.0.0.1:9' if reason == 'refused' else hosts.url}/folder/{file}"
+    expected = f"{url} cannot.*{reason}.*/hub/checkpoints/.*{file}"
+    with pytest.raises(BadInput, match=expected) as error:
+        build_clip_model(f"toy-small:{url}")
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "hub" / "checkpoints").iterdir())
+
+
+def test_without_a_network_the_tags_of_open_clip_fail_at_once(tiny, tmp_path, monkeypatch):
+    hub = huggingface_hub.constants
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "ENDPOINT", "http://127.0.0.1:9")  # nothing answers there
+    # as a file OpenAI's weights do not tell their activation: ViT-B-32:FILE would take GELU
+    with pytest.raises(BadInput, match=r"ViT-B-32:openai.*http://127.0.0.1:9/timm/vit_base_patch32_"
+                                       r"clip_224.openai/.*ViT-B-32-quickgelu:FILE") as error:
+        build_clip_model("ViT-B-32:openai")
+    assert "\n" not in str(error.value)
+
+    # what is in the cache is used
+    folder = tmp_path / "models--timm--vit_base_patch32_clip_224.openai"
+    for part in ("refs", "snapshots/1"):
+        (folder / part).mkdir(parents=True)
+    (folder / "refs" / "main").write_text("1")
+    save_file(tiny, folder / "snapshots" / "1" / "open_clip_model.safetensors")
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    clip, _, _ = build_clip_model("ViT-B-32:openai")
+    assert same(tiny, clip.state_dict())
+    assert activation(clip) is QUICK
+
+
+def test_a_file_wins_over_a_tag_of_the_same_name(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keep(tiny, "openai")
+    assert same(tiny, build_clip_model("ViT-B-32:openai")[0].state_dict())
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "model.", "module._orig_mod."])
+@pytest.mark.parametrize("key", ["model", "state_dict"])
+def test_prefixes_of_wrappers_are_removed(tmp_path, prefix, key):
+    state = build_clip_model("toy-small:random")[0].state_dict()
+    wrapped = {prefix + name: value for name, value in state.items()}
+    path = keep({"epoch": 1, key: wrapped}, tmp_path / "a.pt")
+    assert same(state, build_clip_model(f"toy-small:{path}")[0].state_dict())
+
+
 # ---- errors that help ----------------------------------------------------------------------------
 
 
@@ -357,7 +509,7 @@ def test_a_released_tinyclip_file_loads_strictly_and_computes_with_exact_gelu(tm
     ("ViT-B-33", "ViT-B-32"), ("ViT-B/32:openai", "ViT-B-32"), ("toy-smal", "toy-small"),
     ("TinyCLIP-auto-ViT-63M-32-Text-31M", ".*".join(SIX)),
     ("ViT-B-32:laion3b", "openai.*laion2b_s34b_b79k"), ("ViT-B-16-SigLIP:random", "ViT-B-16"),
-    ("ViT-B-32:no/such/file.pt", "no/such/file.pt"), (f"{EIGHT}:openai", "TinyCLIP-model-zoo")])
+    ("ViT-B-32:no/such/file.pt", "no/such/file.pt"), (f"{EIGHT}:openai", "YFCC15M")])
 def test_a_wrong_name_tag_or_file_is_told_with_what_would_be_right(spec, help):
     with pytest.raises(BadInput, match=help) as error:
         build_clip_model(spec)
@@ -385,18 +537,13 @@ def test_a_file_that_would_run_code_is_refused_and_does_not_run_it(tmp_path):
     assert not ran.exists()
 
 
-def test_without_a_network_the_error_is_one_line_and_shows_the_way(tiny, monkeypatch, tmp_path):
-    def fail(*_, **__):
-        raise OSError("Name or service not known\n\nsee https://nowhere")
-
-    monkeypatch.setattr(open_clip, "download_pretrained", fail)
-    # as a file OpenAI's weights do not tell their activation: ViT-B-32:FILE would take GELU
-    with pytest.raises(BadInput, match=r"ViT-B-32:openai.*ViT-B-32-quickgelu:FILE") as error:
-        build_clip_model("ViT-B-32:openai")
-    assert "\n" not in str(error.value)
-    monkeypatch.chdir(tmp_path)
-    keep(tiny, "openai")  # a file wins over a tag of the same name
-    assert same(tiny, build_clip_model("ViT-B-32:openai")[0].state_dict())
+def test_other_layouts_are_named(tmp_path):
+    path = keep({"text_model.final_layer_norm.weight": torch.ones(1)}, tmp_path / "a.pt")
+    with pytest.raises(BadInput, match=r"a\.pt .* layout of Hugging Face's transformers"):
+        build_clip_model(f"toy-small:{path}")
+    keep({"state_dict": {}, "meta": pytest.approx(1)}, path)  # as mmaction2's trainer: any objects
+    with pytest.raises(BadInput, match=r"a\.pt .* any code.*weights_only=False\)\['state_dict'\]"):
+        build_clip_model(f"toy-small:{path}")
 
 
 def test_pixels_are_normalised_as_the_tag_says(tiny, tmp_path, monkeypatch):
