@@ -342,6 +342,7 @@ def train(variant, student, teacher, data, can_flip, args, folder):
     path = folder / f"{variant}-last.pt"
     metadata = model.metadata(args.frames, data)
     history = resume_training(path, metadata, modules)
+    model.clip_model.set_grad_checkpointing(args.grad_checkpointing)
     ddp_student = nn.parallel.DistributedDataParallel(student) if WORLD_SIZE > 1 else student
     prompts = model.tokenize_classes(data.classes)                              # (P, K, length)
     label_prompts = [model.tokenize_classes(task.labels, task.templates) for task in student.tasks]
@@ -433,6 +434,7 @@ def train(variant, student, teacher, data, can_flip, args, folder):
         num_videos = len(loader) * loader.batch_sampler.batch_size
         metrics["videos_per_s"] = round(num_videos / (time.time() - start_time))
         log_and_checkpoint(metrics, history, args.epochs, path, metadata, modules)
+    model.clip_model.set_grad_checkpointing(False)
     return history
 
 
@@ -691,6 +693,8 @@ def parse(argv=None):
         help="weight of the spatial losses (default: 0.5)")
     add("--epochs", type=int, help="number of epochs (default: 50, toy data 6)")
     add("--batch-size", type=int, default=32, help="videos per batch, on all GPUs (default: 32)")
+    add("--grad-checkpointing", action="store_true",
+        help="compute activations twice instead of storing them: slower, for small GPU memories")
     add("--lr", type=float, help="learning rate of the towers (default: 5e-6, toy networks 4e-4)")
     add("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
     add("--workers", type=int, default=max(1, min(16, os.cpu_count() - 1)),

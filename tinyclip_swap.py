@@ -218,6 +218,7 @@ def train(variant, model, teacher, data, args, folder):
     path = folder / f"{variant}-last.pt"
     metadata = model.metadata(args.frames, data)
     history = resume_training(path, metadata, modules)
+    model.clip_model.set_grad_checkpointing(args.grad_checkpointing)
     ddp_model = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
 
     for epoch, batches in loader.epochs(len(history), args.epochs):
@@ -282,6 +283,7 @@ def train(variant, model, teacher, data, args, folder):
         videos = len(loader) * loader.batch_sampler.batch_size
         metrics["videos_per_s"] = round(videos / (time.time() - start_time))
         log_and_checkpoint(metrics, history, args.epochs, path, metadata, modules)
+    model.clip_model.set_grad_checkpointing(False)
     return history
 
 
@@ -506,6 +508,8 @@ def parse(argv=None):
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, help="number of epochs (default: 50, toy data 6)")
     add("--batch-size", type=int, default=32, help="videos per batch, on all GPUs (default: 32)")
+    add("--grad-checkpointing", action="store_true",
+        help="compute activations twice instead of storing them: slower, for small GPU memories")
     add("--lr", type=float, help="learning rate of the towers (default: 5e-6, toy networks 4e-4)")
     add("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
     add("--workers", type=int, default=max(1, min(16, os.cpu_count() - 1)),

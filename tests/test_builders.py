@@ -630,6 +630,28 @@ def test_widths_embeddings_and_gradients():
     assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
 
 
+def test_grad_checkpointing_saves_memory_and_gives_the_same_gradients():
+    torch.manual_seed(0)
+    model = build_actionclip("toy-small:random", one_layer)
+    video, tokens = torch.rand(2, 3, 3, 32, 32), model.tokenize_classes(["a"])[:2, 0]
+    gradients, sizes = [], []
+
+    def count(x):
+        sizes[-1] += x.numel()
+        return x
+
+    for enable in (False, True):
+        sizes.append(0)
+        model.zero_grad()
+        model.clip_model.set_grad_checkpointing(enable)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            v, t, scale = model(video, tokens)
+        (scale * v * t).sum().backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters()})
+    assert same(*gradients)
+    assert sizes[1] < sizes[0] / 2
+
+
 def test_gmac_counts_every_matrix():
     model, T, D = build_actionclip("toy-small:random", one_layer), 4, 48
 

@@ -346,7 +346,8 @@ def test_grid_takes_targets_from_the_command_that_it_names(toy, tmp_path):
 def test_two_processes_follow_the_losses_of_one(all_variants, toy, tmp_path, run_script):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
     done = run_script("deit_video.py", "--data", toy, *FAST, "--out", tmp_path, "--variants",
-                      "two_heads_soft", "two_heads_hard", OMP_NUM_THREADS="1", python=torchrun)
+                      "two_heads_soft", "two_heads_hard", "--grad-checkpointing",
+                      OMP_NUM_THREADS="1", python=torchrun)
     assert done.returncode == 0, done.stderr
     one = [metrics for metrics in epochs(all_variants[1])
            if metrics["variant"] in ("teacher", "two_heads_hard", "two_heads_soft")]

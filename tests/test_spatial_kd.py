@@ -404,7 +404,7 @@ def test_resumed_run_equals_an_undisturbed_one(toy, all_variants, tmp_path, monk
 def test_two_processes_equal_one(toy, all_variants, tmp_path, run_script):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
     done = run_script("spatial_kd.py", "--data", toy, *FAST, "--out", tmp_path, "--variants",
-                      "spatial", OMP_NUM_THREADS="1", python=torchrun)
+                      "spatial", "--grad-checkpointing", OMP_NUM_THREADS="1", python=torchrun)
     assert done.returncode == 0, done.stderr
     one = [row for row in epochs(all_variants[1]) if row["variant"] == "spatial"]
     for a, b in zip(one, epochs(tmp_path), strict=True):

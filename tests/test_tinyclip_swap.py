@@ -144,7 +144,7 @@ def test_resume_gives_the_same_weights(toy, three_variants, tmp_path, monkeypatc
 def test_two_processes_follow_the_losses_of_one(toy, three_variants, tmp_path, run_script):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
     done = run_script("tinyclip_swap.py", "--data", toy, *SMALL, "--affinity", "--out", tmp_path,
-                      OMP_NUM_THREADS="1", python=torchrun)
+                      "--grad-checkpointing", OMP_NUM_THREADS="1", python=torchrun)
     assert done.returncode == 0, done.stderr
     for variant, top1 in record(tmp_path)["results"]["scores"].items():
         if variant != "gmac_ratio":
