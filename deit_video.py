@@ -46,8 +46,8 @@ Controls:
 
   python deit_video.py                  toy data, 1 to 2 minutes on 2 CPU cores
   python spatial_kd.py --label-only && python deit_video.py --grid      all three techniques
-  python deit_video.py --data HMDB51 --teacher ViT-B-32:vit-b-32-8f.pt --student \\
-      TinyCLIP-ViT-40M-32-Text-19M:TinyCLIP-ViT-40M-32-Text-19M-LAION400M.pt
+  python deit_video.py --data HMDB51 --teacher ViT-B-32:kinetics400-8f --student \\
+      TinyCLIP-ViT-40M-32-Text-19M:LAION400M
   python deit_video.py --eval-only all_three-last.pt --watch my.mp4 --labels "waving, running"
 
 The plain command printed (2 cores of an x86_64 CPU, torch 2.15.0, seed 0):

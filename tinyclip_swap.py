@@ -39,8 +39,8 @@ data 6), batch 32. All weights are trained, except Text4Vis's text tower.
   python tinyclip_swap.py --unseen 4            hold out four classes and test them zero-shot
   for s in 2 4 8 16; do python tinyclip_swap.py --shots $s; done      few-shot learning
   python tinyclip_swap.py --data HMDB51 --large ViT-B-32:openai --batch-size 64 \\
-      --small TinyCLIP-ViT-40M-32-Text-19M:TinyCLIP-ViT-40M-32-Text-19M-LAION400M.pt
-  python tinyclip_swap.py --data HMDB51 --eval-only ViT-B-32:vit-b-32-8f.pt
+      --small TinyCLIP-ViT-40M-32-Text-19M:LAION400M
+  python tinyclip_swap.py --data HMDB51 --eval-only ViT-B-32:kinetics400-8f
   python tinyclip_swap.py --watch my.mp4 --eval-only ViT-B-32:openai --labels "waving, running"
 
 The plain command printed (2 cores of an x86_64 CPU, torch 2.15.0):
@@ -502,7 +502,7 @@ def parse(argv=None):
     add("--affinity", action="store_true", help="also train small_affinity, by eqs. (1) and (3)")
     add("--compare", action="store_true", help="compare four models on the large backbone")
     add("--eval-only", metavar="MODEL", help="train nothing: test, or --watch with, a checkpoint "
-        "(FILE; of ActionCLIP's code NAME:FILE) or the zero-shot CLIP NAME[:WEIGHTS]; there may be "
+        "(FILE, or NAME:WEIGHTS of ActionCLIP) or the zero-shot CLIP NAME[:WEIGHTS]; there may be "
         "no training list")
 
     add = parser.add_argument_group("training").add_argument
