@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import av
-import huggingface_hub
 import numpy as np
 import open_clip
 import torch
@@ -1012,6 +1011,7 @@ CLIP_CONFIGS = {  # the first six are the TinyCLIPs that open_clip can build
 
 TINYCLIP_URL = "https://github.com/wkcn/TinyCLIP-model-zoo/releases/download/checkpoints"
 ACTIONCLIP_URL = "https://download.openmmlab.com/mmaction/v1.0/projects/actionclip"  # mmaction2
+HUGGING_FACE_URL = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
 def weight_urls(name):
@@ -1085,18 +1085,18 @@ def build_clip_model(spec, cache="runs/cache"):
             raise BadInput(f"{spec}: {weights} is not a file, an address, nor a tag of {name} "
                            f"(tags: {', '.join(tags) or 'none'})")
         print(f"{spec}: downloading, unless it is in the cache ...", file=sys.stderr)
-        hub = huggingface_hub.constants
         try:
-            urllib.request.urlopen(hub.ENDPOINT, timeout=5).close()
+            urllib.request.urlopen(HUGGING_FACE_URL, timeout=5).close()
         except urllib.error.HTTPError:
             pass  # there is a network
         except OSError:
-            hub.HF_HUB_OFFLINE = True  # the cache alone; otherwise it would retry for a minute
+            # open_clip looks into its cache alone; otherwise it would retry for a minute
+            open_clip.pretrained.hf_hub_download.keywords["local_files_only"] = True
         try:
             path = open_clip.download_pretrained(tag)
         except Exception as error:
             raise BadInput(f"{spec} cannot be downloaded ({type(error).__name__}). Get the weights "
-                           f"from {hub.ENDPOINT}/{tag.get('hf_hub')} and write {name}:FILE, or "
+                           f"from {HUGGING_FACE_URL}/{tag.get('hf_hub')} and write {name}:FILE, or "
                            f"{name}-quickgelu:FILE if they are OpenAI's") from error
     saved = read_weights(path) if path else {}
     quick_gelu = {"quick_gelu": False, **config, **tag, **saved}["quick_gelu"]  # the last is right

@@ -7,9 +7,9 @@ import functools
 import http.server
 import math
 import re
+import sys
 import threading
 
-import huggingface_hub
 import numpy as np
 import open_clip
 import pytest
@@ -465,10 +465,10 @@ def test_a_download_that_fails_leaves_nothing_and_shows_the_way(hosts, tmp_path,
 
 
 def test_without_a_network_the_tags_of_open_clip_fail_at_once(tiny, tmp_path, monkeypatch):
-    hub = huggingface_hub.constants
-    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(hub, "ENDPOINT", "http://127.0.0.1:9")  # nothing answers there
+    monkeypatch.setattr(sys.modules["huggingface_hub.constants"], "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(common, "HUGGING_FACE_URL", "http://127.0.0.1:9")  # nothing answers there
+    copy = functools.partial(open_clip.pretrained.hf_hub_download)
+    monkeypatch.setattr(open_clip.pretrained, "hf_hub_download", copy)
     # as a file OpenAI's weights do not tell their activation: ViT-B-32:FILE would take GELU
     with pytest.raises(BadInput, match=r"ViT-B-32:openai.*http://127.0.0.1:9/timm/vit_base_patch32_"
                                        r"clip_224.openai/.*ViT-B-32-quickgelu:FILE") as error:
@@ -481,7 +481,6 @@ def test_without_a_network_the_tags_of_open_clip_fail_at_once(tiny, tmp_path, mo
         (folder / part).mkdir(parents=True)
     (folder / "refs" / "main").write_text("1")
     save_file(tiny, folder / "snapshots" / "1" / "open_clip_model.safetensors")
-    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
     clip, _, _ = build_clip_model("ViT-B-32:openai")
     assert same(tiny, clip.state_dict())
     assert activation(clip) is QUICK
