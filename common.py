@@ -519,6 +519,8 @@ def index_video(path):
         for packet in container.demux(stream):
             if packet.size <= (codec == "mpeg4") or packet.is_discard:
                 continue  # XviD writes placeholders of one byte; an edit list hides packets
+            if codec == "vp8" and not bytes(packet)[0] & 16:
+                continue  # a frame that others refer to, but that is not shown
             timestamps.append(packet.pts)
             if packet.is_keyframe:
                 keyframes.append(packet.pts)
@@ -551,7 +553,8 @@ def index_video(path):
         return VideoIndex(timestamps, keyframes, len(timestamps), unsupported)
     # In a packed AVI, a "not coded" packet follows each packet of two pictures, except perhaps the
     # last, so that packets count frames. Everything else is decoded and counted.
-    if container_name == "avi" and num_packed - num_small in (0, 1) and vop_types[1:2] != [B_VOP]:
+    packets_count = codec == "mpeg4" and num_packed - num_small in (0, 1)
+    if container_name == "avi" and packets_count and vop_types[1:2] != [B_VOP]:
         num_frames = len(timestamps)
     else:
         with open_video(path) as (container, stream):

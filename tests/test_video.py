@@ -262,6 +262,20 @@ def test_frames_that_an_avi_dropped_do_not_count(tmp_path, times):
     assert_equals_a_plain_loop(tmp_path / "a.avi", 30)
 
 
+@pytest.mark.parametrize(("name", "codec"), [("a.webm", "libvpx"), ("b.avi", "libvpx"),
+                                             ("c.avi", "mpeg2video")])
+def test_packets_that_give_no_picture_do_not_count(tmp_path, name, codec):
+    def change(packets):
+        for n in (3, 8, 9, 20):  # VP8: the bit that says "show this frame"
+            hidden = bytes([packets[n][0] & ~16]) + packets[n][1:]
+            packets[n] = hidden if codec == "libvpx" else bytes(8)
+        return packets
+
+    encode(tmp_path / f"full-{name}", moving(30), codec=codec, qmin="10", qmax="40")
+    remux(tmp_path / f"full-{name}", tmp_path / name, change)
+    assert_equals_a_plain_loop(tmp_path / name, 26)
+
+
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
 def test_frames_that_an_edit_list_hides_do_not_count(tmp_path, codec):
     # a cut without encoding anew, as phones make it: the file starts at a keyframe before the cut
