@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from av.codec.context import Flags2
 from av.sidedata.sidedata import SideDataContainer
 from av.video.frame import PictureType
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD
 from open_clip.transformer import QuickGELU, Transformer
 from torch import nn
@@ -1524,8 +1524,11 @@ def reencode(path, out):
                 pixels = frame_to_tensor(frame).permute(1, 2, 0).contiguous().numpy()
                 frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
             try:
-                copy = frame.reformat(340, 256, "yuv420p", threads=1,
-                                      interpolation=Interpolation.BICUBIC)
+                # MPEG-4 part 2 does not name its colour space; decoders assume this one
+                copy = frame.reformat(
+                    340, 256, "yuv420p", None, Colorspace.ITU601, threads=1,
+                    interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND,
+                    dst_color_range=ColorRange.MPEG)
             except (av.FFmpegError, ValueError) as error:
                 raise BadVideo(path, f"its pixels cannot be converted ({error})") from error
             copy.pts, copy.time_base, copy.pict_type = i, Fraction(1, 25), PictureType.NONE

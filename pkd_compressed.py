@@ -638,7 +638,7 @@ def parse(argv=None):
     if args.imagenet and "toy" in args.networks:
         parser.error("--imagenet: toy networks have no ImageNet weights")
     args.schedules = [name for name in SCHEDULES if {name, "all"} & set(args.schedules)]
-    copies = f"{args.out}/cache/{Path(args.data).resolve().name}-mpeg4"
+    copies = f"{args.out}/cache/{Path(args.data).resolve().name}-mpeg4-v2"
     args.copies = copies if args.reencode else None
     return args
 
