@@ -12,6 +12,7 @@ N all videos of a list, or all frames of a file
 import contextlib
 import csv
 import dataclasses
+import filecmp
 import functools
 import http.client
 import io
@@ -107,6 +108,8 @@ def save_checkpoint(state, path):
 
 def read_checkpoint(path, *keys):
     """Read a file of save_checkpoint, to the CPU. Raises BadInput if a key is missing."""
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: there is no such file")
     try:
         saved = torch.load(path, "cpu", weights_only=True)
         for key in keys:
@@ -139,7 +142,8 @@ def load_state_dict(module, state, path, name):
 @dataclasses.dataclass
 class VideoLists:
     """The videos of a data set. train, test: lists of (path, class index). classes: K names.
-    missing: listed videos that do not exist. unseen: classes held out of training.
+    missing: listed videos that do not exist. copies: test videos whose content training has, too.
+    unseen: classes held out of training.
     released_class_names: the names in ActionCLIP's UCF101 checkpoints. undecodable: {path: reason},
     filled by loaders."""
     name: str
@@ -147,6 +151,7 @@ class VideoLists:
     train: list
     test: list
     missing: list = dataclasses.field(default_factory=list)
+    copies: list = dataclasses.field(default_factory=list)
     unseen: list = dataclasses.field(default_factory=list)
     released_class_names: list = None
     undecodable: dict = dataclasses.field(default_factory=dict)
@@ -166,6 +171,7 @@ class VideoLists:
         trained = {label for _, label in self.train}
         untrained = [name for k, name in enumerate(self.classes) if trained and k not in trained]
         lists = {"listed videos are missing": self.missing,
+                 "test videos are copies of training videos": self.copies,
                  "classes are held out of training": self.unseen,
                  "classes have no training video": untrained,
                  "videos cannot be decoded; in the test they count as wrong": self.undecodable}
@@ -182,7 +188,7 @@ FORMATS = ("The formats are: HMDB51 and UCF101 as released, with the official li
            "path,label; train/CLASS/* and test/CLASS/*")
 # what may lie beside videos
 OTHER_FILES = {".csv", ".db", ".htm", ".html", ".ini", ".json", ".md", ".pdf", ".txt", ".xml"}
-PICTURES = {".bmp", ".jpeg", ".jpg", ".png"}
+PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 def readable_class_name(name):
@@ -233,37 +239,57 @@ def load_dataset(data, split=1, allow_missing=False, cache="runs/cache", toys="t
                        f"list, for example {both[0]}")
     released = [name.title().replace(" ", "") for name in classes]
     is_ucf101 = (root / "ucfTrainTestlist").is_dir()
-    return VideoLists(Path(data).resolve().name, classes, train, test, missing,
+    copies = _copies(train, test, {path: file_ids[path][2] for path, _ in train + test})
+    return VideoLists(Path(data).resolve().name, classes, train, test, missing, copies,
                       released_class_names=released if is_ucf101 else None)
 
 
 def _file_id(path):
-    """Device and inode of a file, which two names of the same file share; None: not a file"""
+    """Device, inode and size of a file, which its names share; None: not a file"""
     try:
         stat = os.stat(path)
     except (OSError, ValueError):  # ValueError: a zero byte in the name
         return None
-    return (stat.st_dev, stat.st_ino) if os.path.stat.S_ISREG(stat.st_mode) else None
+    is_file = os.path.stat.S_ISREG(stat.st_mode)
+    return (stat.st_dev, stat.st_ino, stat.st_size) if is_file else None
+
+
+def _copies(train, test, sizes):
+    """Test videos whose content a training video has, too. Only files of one size are read, and
+    whole only where their middle agrees. -> paths"""
+    def middle(path):
+        with open(path, "rb") as file:
+            file.seek(sizes[path] // 2)
+            return sizes[path], file.read(64)
+
+    shared = {sizes[path] for path, _ in train} & {sizes[path] for path, _ in test} - {0}
+    originals = {middle(path): path for path, _ in train if sizes[path] in shared}
+    candidates = {path: originals.get(middle(path)) for path, _ in test if sizes[path] in shared}
+    return [path for path, original in candidates.items()
+            if original and filecmp.cmp(path, original, shallow=False)]
 
 
 def _class_names(root, names):
     """{label as listed: class name in words}. Labels that are all numbers are looked up in
     labels.csv (header id,name), as ActionCLIP has it."""
-    if all(name.isdigit() for name in names):
+    listed = {name: name for name in sorted(names)}
+    if not any(map(str.isalpha, "".join(names))):
         try:
             with open(root / "labels.csv", newline="", encoding="utf-8-sig") as file:
                 known = {row["id"].strip(): row["name"].strip() for row in csv.DictReader(file)}
-            return {name: readable_class_name(known[name]) for name in names}
+            listed = {name: known[name] for name in listed}
+            if not all(listed.values()):
+                raise ValueError("an empty name")
         except (OSError, KeyError, AttributeError, ValueError) as error:
             raise BadInput(f"{root}: the labels are numbers. Write words, or put labels.csv beside "
                            f"the lists, with the header id,name and a line for each of "
                            f"{', '.join(sorted(names)[:4])} ...") from error
     classes = {}
-    for name in sorted(names):
-        other = classes.setdefault(readable_class_name(name), name)
-        if other != name:
-            raise BadInput(f"{root}: {other} and {name} are two spellings of one class; use one")
-    return {name: readable_class_name(name) for name in names}
+    for label, name in listed.items():
+        other = classes.setdefault(readable_class_name(name), label)
+        if other != label:
+            raise BadInput(f"{root}: {other} and {label} are two spellings of one class; use one")
+    return {label: readable_class_name(name) for label, name in listed.items()}
 
 
 def _read_lists(root, split, test_only):
@@ -318,6 +344,9 @@ def _read_ucf101(root, split):
 
 def _read_class_folders(folder):
     rows = []
+    for path in sorted(folder.glob("[!.]*")):
+        if path.is_file() and path.suffix.lower() not in OTHER_FILES:
+            raise BadInput(f"{path} lies in no class folder")
     for path in sorted(folder.glob("[!.]*/[!.]*")):
         if path.is_dir():
             raise BadInput(f"{path} is a folder within a class folder. Move its videos up, or make "
@@ -924,7 +953,7 @@ def center_crop(videos, size, device="cpu", crops=1):
     return torch.stack(batch).unflatten(0, (-1, crops)).flatten(1, 2).float() / 255
 
 
-SIDES = re.compile(r"(?<![a-z])(left|right|(counter|anti)?clockwise)(?![a-z])")
+SIDES = re.compile(r"(?<![a-z])((left|right)(wards?)?|(counter|anti)?clock-?wise|c?cw)(?![a-z])")
 
 
 def flippable(classes):
@@ -1313,6 +1342,8 @@ def build_actionclip(spec, fusion_head=FusionHead, cache="runs/cache", checkpoin
         model.frames = saved.get("frames")
         model.classes = saved.get("classes", [])
         model.trained_on = saved.get("trained_on", model.trained_on)
+        if not torch.is_tensor(model.trained_on):
+            raise BadInput(f"{path}: its trained_on is not a tensor")
         if model.frames is not None and not (type(model.frames) is int and 0 < model.frames < 78):
             raise BadInput(f"{path}: it says {model.frames} frames; 1 to 77 are possible")
     if checkpoint:

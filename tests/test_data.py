@@ -232,6 +232,9 @@ def test_numbers_as_labels_need_a_list_of_names(tmp_path):
     fill(tmp_path, {"labels.csv": "id,name\n0,wave\n"})
     with pytest.raises(BadInput, match=r"a line for each of 0, 1"):
         load_dataset(tmp_path)
+    fill(tmp_path, {"labels.csv": "id,name\n0,wave\n1,Wave\n"})
+    with pytest.raises(BadInput, match=r"0 and 1 are two spellings"):
+        load_dataset(tmp_path)
 
 
 def test_class_folders(tmp_path):
@@ -285,6 +288,10 @@ BAD = {  # what: (files that replace some of GOOD, or a list: all files; what is
                       ["HandWave and hand_wave are two spellings"]),
     "a folder in a class folder": ([("train/wave/person/a.mp4", ""), ("test/wave/b.mp4", "")],
                                    ["wave/person is a folder within a class folder"]),
+    "a video beside the class folders": ([("train/a.mp4", ""), ("test/wave/b.mp4", "")],
+                                         ["train/a.mp4 lies in no class folder"]),
+    "negative numbers": ({"train.csv": csv("a.mp4,-1", "b.mp4,1.5"), "test.csv": csv("c.mp4,-1")},
+                         ["the labels are numbers"]),
     "pictures": ([("train/wave/1.jpg", ""), ("test/wave/b.mp4", "")],
                  ["1.jpg is a picture", "ffmpeg -i"]),
     # longer than a file system allows: OSError 36
@@ -339,6 +346,15 @@ def test_allow_missing_goes_on_and_notes_what_was_missing(tmp_path):
     (tmp_path / "c.mp4").unlink()
     with pytest.raises(BadInput, match=r"no test video, and 2 .*missing"):
         load_dataset(tmp_path, allow_missing=True)
+
+
+def test_copies_of_training_videos_in_the_test_are_noted(tmp_path):
+    files = {"a.mp4": "one", "b.mp4": "two", "c.mp4": "two"}  # of one size
+    data = load_dataset(fill(tmp_path, GOOD | files))
+    assert data.copies == [str(tmp_path / "c.mp4")]
+    assert data.warnings() == [f"1 test videos are copies of training videos: {tmp_path}/c.mp4"]
+    assert not load_dataset(fill(tmp_path, {"c.mp4": "six"})).copies
+    assert not load_dataset(fill(tmp_path, {"a.mp4": "", "c.mp4": ""})).copies
 
 
 # ---- parts of a data set -------------------------------------------------------------------------
