@@ -21,6 +21,7 @@ import json
 import os
 import queue
 import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -69,10 +70,15 @@ class BadVideo(Exception):
 @contextlib.contextmanager
 def atomic_write(path):
     """Yield a temporary path and rename it to `path` at the end, so that an interrupted write never
-    damages the old file. Raises BadInput if the file or folder cannot be written."""
+    damages the old file. What killed processes left, a day ago or longer, is removed. Raises
+    BadInput if the file or folder cannot be written."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob("unfinished-*"):  # by a process that was killed
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > 86400:
+                    shutil.rmtree(left)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="unfinished-") as folder:
             tmp = Path(folder) / path.name
             yield tmp
@@ -139,13 +145,18 @@ def load_state_dict(module, state, path, name):
 # ---- data sets -----------------------------------------------------------------------------------
 
 
+class Undecodable(dict):
+    """{path: reason} of what the loaders of a data set could not decode. total: its videos"""
+    total = 0
+
+
 @dataclasses.dataclass
 class VideoLists:
     """The videos of a data set. train, test: lists of (path, class index). classes: K names.
     missing: listed videos that do not exist. copies: test videos whose content training has, too.
     unseen: classes held out of training.
-    released_class_names: the names in ActionCLIP's UCF101 checkpoints. undecodable: {path: reason},
-    filled by loaders."""
+    released_class_names: the names in ActionCLIP's UCF101 checkpoints. undecodable: filled by
+    loaders."""
     name: str
     classes: list
     train: list
@@ -154,7 +165,7 @@ class VideoLists:
     copies: list = dataclasses.field(default_factory=list)
     unseen: list = dataclasses.field(default_factory=list)
     released_class_names: list = None
-    undecodable: dict = dataclasses.field(default_factory=dict)
+    undecodable: Undecodable = dataclasses.field(default_factory=Undecodable)
 
     def __str__(self):
         return (f"{self.name}: {len(self.classes)} classes, {len(self.train)} training videos, "
@@ -240,8 +251,10 @@ def load_dataset(data, split=1, allow_missing=False, cache="runs/cache", toys="t
     released = [name.title().replace(" ", "") for name in classes]
     is_ucf101 = (root / "ucfTrainTestlist").is_dir()
     copies = _copies(train, test, {path: file_ids[path][2] for path, _ in train + test})
-    return VideoLists(Path(data).resolve().name, classes, train, test, missing, copies,
-                      released_class_names=released if is_ucf101 else None)
+    lists = VideoLists(Path(data).resolve().name, classes, train, test, missing, copies,
+                       released_class_names=released if is_ucf101 else None)
+    lists.undecodable.total = len(train + test)
+    return lists
 
 
 def _file_id(path):
@@ -475,7 +488,8 @@ def corrupt_labels(data, share, seed=0):
 
 def tsn_indices(num_frames, T, rng=None):
     """TSN sampling: split the video into T equal segments and take one frame of each: a random one
-    with rng (training), else the middle one. Short videos repeat frames. -> T sorted indices"""
+    with rng (training), else the middle one. Frames are counted: if their rate varies, segments
+    last unequally long. Short videos repeat frames. -> T sorted indices"""
     i = np.arange(T)
     if rng is None:
         return (i * num_frames / T + max(0, num_frames / T - 1) / 2).astype(int)
@@ -758,6 +772,8 @@ def live_frames(source, fps=4., drop=True):
 def _timed_frames(source):
     """Decode a stream as it comes -> yields (seconds since the first frame, frame). If timestamps
     are missing or jump, the stated frame rate counts. Damaged packets are skipped."""
+    if source.isdigit():
+        raise BadVideo(source, f"write /dev/video{source} for a camera")
     form, _, name = source.partition(":")
     if form not in ("avfoundation", "dshow"):  # cameras of macOS and Windows
         form = "v4l2" if source.startswith("/dev/video") else None
@@ -891,7 +907,8 @@ def _collate(samples):
 class VideoLoader(torch.utils.data.DataLoader):
     """DataLoader over a VideoDataset; its batches are Samples of lists. batch_size counts the
     videos of all processes. Videos that cannot be decoded are named once on stderr and collected
-    in `undecodable`, {path: reason}; more than ten and more than 1 % of them raise BadInput."""
+    in `undecodable`, which the loaders of a data set share; more than ten and more than 1 % of the
+    videos of the loader, or of the data set, raise BadInput."""
 
     def __init__(self, dataset, batch_size, workers=0, rank=0, world_size=None, undecodable=None):
         if world_size is None:  # after destroy_process_group, process 0 continues alone
@@ -907,7 +924,7 @@ class VideoLoader(torch.utils.data.DataLoader):
                                     world_size)
         if dataset.train and len(sampler) < 10:
             print(f"only {len(sampler)} steps per epoch: lower --batch-size", file=sys.stderr)
-        self.undecodable = {} if undecodable is None else undecodable  # of all loaders
+        self.undecodable = Undecodable() if undecodable is None else undecodable
         self.undecodable_here = set()
         super().__init__(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=_collate,
                          persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
@@ -920,11 +937,13 @@ class VideoLoader(torch.utils.data.DataLoader):
                     print(f"cannot decode {path}: {reason}", file=sys.stderr)
                 self.undecodable[path] = reason
                 self.undecodable_here.add(path)
-            failed = len(self.undecodable_here)
             nothing_left = self.dataset.train and -1 in batch.label
-            if nothing_left or failed > max(10, .01 * len(self.dataset)):
-                raise BadInput(f"{failed} of {len(self.dataset)} videos cannot be decoded, for "
-                               f"example {path}: {self.undecodable[path]}")
+            failures = [(len(self.undecodable_here), len(self.dataset)),
+                        (len(self.undecodable), self.undecodable.total or float("inf"))]
+            for failed, total in failures:
+                if nothing_left or failed > max(10, .01 * total):
+                    raise BadInput(f"{failed} of {total} videos cannot be decoded, for example "
+                                   f"{path}: {self.undecodable[path]}")
             yield batch
 
     def epochs(self, first, last):
@@ -1103,8 +1122,8 @@ def build_clip_model(spec, cache="runs/cache"):
     supported_text = {"context_length", "vocab_size", "width", "heads", "layers"}
     if not config or set(config) - supported or set(config["text_cfg"]) - supported_text \
             or "timm_model_name" in config["vision_cfg"]:
-        raise BadInput(f"{name:.99} is not a CLIP that can be built here; use ViT-B-32, ViT-B-16, "
-                       f"RN50, ... of open_clip, {', '.join(CLIP_CONFIGS)}")
+        raise BadInput(f"{name:.99} is not a CLIP that can be built here, nor a file; use "
+                       f"ViT-B-32, ViT-B-16, RN50, ... of open_clip, {', '.join(CLIP_CONFIGS)}")
     path, tag = find_weights(spec), {}
     if not weights and name.startswith("toy-"):
         path = make_once(cache, f"{name}-v2", functools.partial(_train_toy_clip, name))

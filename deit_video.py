@@ -543,7 +543,7 @@ def main(argv=None):
     start_time = time.time()
     if args.student.startswith("toy-"):
         torch.set_num_threads(1)  # small networks are faster on one thread
-    if args.watch:
+    if args.watch is not None:
         return watch(load_model(args.eval_only, args), args)
     join_processes()
 
@@ -724,7 +724,7 @@ def parse(argv=None):
         args.epochs = 6 if args.data == "toy" else 50
     if args.lr is None:
         args.lr = 4e-4 if args.student.startswith("toy-") else 5e-6
-    if args.watch and not args.eval_only:
+    if args.watch is not None and not args.eval_only:
         parser.error("--watch needs --eval-only")
     return args
 

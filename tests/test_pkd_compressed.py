@@ -350,6 +350,7 @@ def test_undecodable_training_videos_do_not_stop_the_test(coded):
     """Eleven may be few of the training videos, but too many for the few test videos."""
     data, args = common.load_dataset(coded), parse_fast()
     data.undecodable.update((f"{n}.mp4", "no readable video") for n in range(11))
+    data.undecodable.total = 2000
     results, _ = evaluate(*networks(schedules=args.schedules), data.test, data.undecodable, args)
     assert len(results) == 3 + 2 * (9 + 1)
 

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -49,6 +50,14 @@ def test_a_full_disk_is_told_and_leaves_the_file_before(tmp_path, toy):
             write()
     assert torch.equal(common.read_checkpoint(path, "w")["w"], big["w"])
     assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["a.pt"]
+
+
+def test_what_killed_processes_left_is_removed_after_a_day(tmp_path):
+    for name, hours in (("unfinished-old", 25), ("unfinished-new", 23), ("other", 99)):
+        (tmp_path / name / "part").mkdir(parents=True)
+        os.utime(tmp_path / name, (time.time() - 3600 * hours,) * 2)
+    common.save_checkpoint({}, tmp_path / "a.pt")
+    assert {path.name for path in tmp_path.iterdir()} == {"unfinished-new", "other", "a.pt"}
 
 
 @pytest.mark.parametrize("content", [b"", b"cut", b"PK\3\4"])
@@ -158,7 +167,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(toy, tmp_path, monkeypatch):
         (pkd_compressed, "--tau", "nan"), (pkd_compressed, "--holdout", "nan"),
         (pkd_compressed, "--exit-epochs", 0), (tinyclip_swap, "--fps", "nan"),
         (wise_infer, "--l1", "nan"), (wise_infer, "--theta", "nan"),
-        (wise_infer, "--max-drop", "nan")]], ids=str)
+        (wise_infer, "--max-drop", "nan"), (deit_video, "--watch", "0")]], ids=str)
 def test_flags_that_cannot_be(script, flags, capsys):
     with pytest.raises(SystemExit) as stop:
         script.parse(flags.split())

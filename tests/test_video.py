@@ -606,7 +606,8 @@ def with_bad(toy, tmp_path, count, good=8):
 
 
 def test_training_replaces_a_bad_clip_and_names_it_once(toy, tmp_path, capsys):
-    clips, bad, replaced = VideoDataset(with_bad(toy, tmp_path, 1), 4, 32, train=True), {}, 0
+    clips = VideoDataset(with_bad(toy, tmp_path, 1), 4, 32, train=True)
+    bad, replaced = common.Undecodable(), 0
     loader = VideoLoader(clips, 3, undecodable=bad)
     for _, batches in loader.epochs(0, 5):
         for batch in batches:
@@ -645,6 +646,14 @@ def test_more_than_ten_and_more_than_one_percent_stop(tmp_path, monkeypatch, cou
         assert len(list(VideoLoader(clips, count))) == -(-of // count)
     with pytest.raises(BadInput, match=rf"{count} of {count}.*\d.mp4"):  # none is good
         next(iter(VideoLoader(VideoDataset(rows, 1, 32, train=True), count)))
+
+
+def test_loaders_of_a_data_set_count_its_undecodable_videos_together(toy, tmp_path):
+    data = load_dataset(toy)
+    rows = with_bad(toy, tmp_path, 12, 0)
+    list(VideoLoader(VideoDataset(rows[:8], 1, 32), 8, undecodable=data.undecodable))
+    with pytest.raises(BadInput, match="12 of 72 videos"):
+        list(VideoLoader(VideoDataset(rows[8:], 1, 32), 8, undecodable=data.undecodable))
 
 
 # ---- views ---------------------------------------------------------------------------------------

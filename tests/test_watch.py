@@ -292,6 +292,11 @@ def test_frame_size_and_timestamps_may_change(tmp_path, watch):
     assert np.allclose([t for t, _ in frames], np.arange(108) / 24, atol=.0011)
 
 
+def test_a_number_is_no_camera():
+    with pytest.raises(common.BadVideo, match="write /dev/video2 for a camera"):
+        next(common.live_frames("2"))
+
+
 # ---- flags
 
 
