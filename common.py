@@ -133,12 +133,15 @@ def require_finite(state, name, path):
 
 
 def load_state_dict(module, state, path, name):
-    """module.load_state_dict(state), strictly. Raises BadInput, which says the first difference."""
+    """module.load_state_dict(state), strictly. Raises BadInput, which says the first weight of the
+    file, since that tells its layout, and the first difference."""
     try:
         module.load_state_dict(state)
     except Exception as error:  # of other kinds if the file is not what it should be
         difference = str(error).splitlines()[1:2] or [repr(error)]
-        raise BadInput(f"{path} does not fit {name}: {difference[0].strip():.300}") from error
+        first = str(next(iter(state), "none")) if isinstance(state, dict) else type(state).__name__
+        raise BadInput(f"{path} does not fit {name}; its first weight is {first:.99}: "
+                       f"{difference[0].strip():.300}") from error
     require_finite(module.state_dict(), name, path)
 
 
@@ -1197,7 +1200,7 @@ def read_weights(path):
             metadata = {"quick_gelu": True, "frames": len(positions), "fusion": fusion}
             state = {key.removeprefix("clip."): x for key, x in state.items()}
         dtypes = {x.dtype for x in state.values() if torch.is_tensor(x) and x.ndim}
-        if not all(dtype.is_floating_point for dtype in dtypes - {torch.int64}):
+        if not all(dtype.is_floating_point for dtype in dtypes):
             raise ValueError(f"weights of {dtypes}")
     except Exception as error:
         code = ""
