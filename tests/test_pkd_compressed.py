@@ -307,6 +307,14 @@ def test_learning_rates_of_networks_exits_and_imagenet_weights():
         optimizer, _ = build_optimizer(exits, 1, args)
         groups = optimizer.param_groups
         assert {(group["lr"], group["eps"]) for group in groups} == {(exit_lr, 1e-8)}
+        assert {group["betas"] for group in groups} == {(.9, .999)}
+    optimizer, schedule = build_optimizer(exits, 20, parse_fast())
+    rates = []
+    for _ in range(20):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert [rates[n] for n in (0, 1, 2, 11)] == pytest.approx([1.5e-3, 2.25e-3, 3e-3, 1.5e-3])
 
 
 # ---- testing

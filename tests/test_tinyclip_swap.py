@@ -342,6 +342,59 @@ def test_optimizer_groups_and_schedule():
     np.testing.assert_allclose(rates, [5e-4, 7.5e-4, *cosine], rtol=1e-6)
 
 
+def gradient_of_shards(rank, folder, world_size=2):
+    """The gradient of eq. (1) if each of the processes has a share of the videos -> a file"""
+    tinyclip_swap.RANK, tinyclip_swap.WORLD_SIZE = rank, world_size
+    init = f"file://{folder}/store{world_size}"
+    torch.distributed.init_process_group("gloo", init, rank=rank, world_size=world_size)
+    torch.manual_seed(0)
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(5, 4))
+    x, labels = torch.randn(6, 5)[rank::world_size], torch.arange(6)[rank::world_size] % 3
+    v, t = [tinyclip_swap.gather(model(x)) for x in (x, x.flip(1))]
+    tinyclip_swap.actionclip_loss(v, t, tinyclip_swap.gather(labels), 9.).backward()
+    torch.save(model.module.weight.grad, folder / f"{world_size}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_gradient_of_two_processes_is_that_of_one(tmp_path):
+    for count in (1, 2):
+        torch.multiprocessing.start_processes(gradient_of_shards, (tmp_path, count), count,
+                                              start_method="fork")
+    one, *two = [torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt")]
+    for gradient in two:
+        torch.testing.assert_close(gradient, one)
+
+
+def test_a_step_of_training(toy, tmp_path, monkeypatch):
+    """Both terms count once, the teacher's scale is 50, sentences are drawn from all 16 templates,
+    and the learned scale stays below 100."""
+    model, teacher = [common.build_actionclip("toy-small:random") for _ in range(2)]
+    model.clip_model.logit_scale.data.fill_(5.)
+    forward, sentences, gradients = model.forward, [], []
+
+    def noted_forward(video, tokens):
+        sentences.extend(tokens)
+        return forward(video, tokens)
+
+    def affinity(v, t, teacher_v, teacher_t, scale, teacher_scale):
+        assert teacher_scale == 50
+        return 2 * scale
+
+    monkeypatch.setattr(model, "forward", noted_forward)
+    monkeypatch.setattr(tinyclip_swap, "actionclip_loss", lambda v, t, labels, scale: scale)
+    monkeypatch.setattr(tinyclip_swap, "affinity_loss", affinity)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda weights, norm: gradients.append(
+        (model.clip_model.logit_scale.grad.item(), norm)))
+    flags = "--data", toy, "--affinity", "--epochs", 1, "--batch-size", 48, "--frames", 2
+    args, data = parse([*map(str, flags), "--workers", "0"]), common.load_dataset(toy)
+    tinyclip_swap.train("small_affinity", model, teacher, data, args, tmp_path)
+    assert gradients == [(pytest.approx(3 * np.exp(5.)), 1.)]
+    assert model.clip_model.logit_scale.item() == pytest.approx(np.log(100))
+    prompts = model.tokenize_classes(data.classes)                              # (16, K, length)
+    drawn = {(prompts == tokens).all(-1).any(1).nonzero().item() for tokens in sentences}
+    assert len(drawn) > 12
+
+
 def test_gmacs_and_num_params_are_those_of_the_tinyclip_page():
     """TinyCLIP-ViT-40M-32 has 39.7 M in its image tower, which takes 2.00 GMAC per frame, and
     19.2 M in its text tower. Six layers of width 512 with 77 positions are added."""

@@ -356,7 +356,7 @@ def trained(coded, tmp_path_factory):
     checkpoint = torch.load(file, weights_only=True)
     data = common.load_dataset(coded)
     cascade = Cascade(checkpoint, "progressive", MV_R_I)
-    z, labels = cascade.logits(data.test, {})
+    z, labels = cascade.logits(data.test, None)
     _, held_out = common.hold_out_videos(data, .5, checkpoint["flags"]["seed"])
     return SimpleNamespace(folder=coded, out=out, file=file, checkpoint=checkpoint, data=data, z=z,
                            labels=labels, decoded=decoded, held_out=held_out)
@@ -430,7 +430,7 @@ def test_early_exit_of_a_file_equals_the_table(trained, monkeypatch, order, segm
     cascade = Cascade(trained.checkpoint, "progressive", order, segments)
     costs, network_costs = cascade.costs()
     test = trained.data.test[::2]
-    z, labels = cascade.logits(test, {})
+    z, labels = cascade.logits(test, None)
     assert labels.tolist() == [label for _, label in test]
     u = weighted_logits(z, SUM)
     counts = [cascade.segments[stream] for stream in order]
@@ -466,7 +466,7 @@ def test_everything_is_chosen_on_held_out_videos(trained, base, monkeypatch):
     train = {path for path, _ in trained.data.train}
     assert trained.decoded & train == train - held_out
     cascade = Cascade(trained.checkpoint, "progressive", MV_R_I)
-    z, labels = cascade.logits(trained.held_out, {})
+    z, labels = cascade.logits(trained.held_out, None)
     costs, _ = cascade.costs()
     for calls in base.calls.values():
         assert all(torch.equal(args[1], labels) for args in calls)
