@@ -659,8 +659,9 @@ def _frames_from(path, container, stream, keyframe, needed):
                 new = int(index.timestamps.searchsorted(frame.pts))
             if new <= at:
                 continue  # before the keyframe
-            broken = new > keyframe or frame.is_corrupt or frame.pict_type != PictureType.I
-            if at == keyframe - 1 and keyframe and broken:
+            # after a seek, damage may look otherwise than in one pass from the start
+            wrong_start = new > keyframe or frame.pict_type != PictureType.I
+            if keyframe and (frame.is_corrupt or (at == keyframe - 1 and wrong_start)):
                 raise BadVideo(path, f"decoding cannot start at frame {keyframe}")
             if frame.is_corrupt:
                 warn_damaged(path)
@@ -1591,7 +1592,7 @@ def reencode(path, out):
 
 def reencoded_copy(path, folder):
     """Path of a video's copy in CoViAR's form, which is made on first use"""
-    number = zlib.crc32(os.path.abspath(path).encode())
+    number = zlib.crc32(os.fsencode(os.path.abspath(path)))
     copy = Path(folder) / Path(path).parent.name / f"{Path(path).stem}-{number:08x}.mp4"
     if not copy.exists() or copy.stat().st_mtime < os.path.getmtime(path):
         with atomic_write(copy) as tmp:

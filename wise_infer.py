@@ -351,6 +351,9 @@ def load_checkpoint(args):
     path = Path(args.checkpoint or max(files, key=os.path.getmtime))
     checkpoint = common.read_checkpoint(path, "flags", "digest", "classes", "streams", "exits")
     flags = checkpoint["flags"]
+    parts = [flags, checkpoint["streams"], checkpoint["exits"]]
+    if not all(isinstance(x, dict) for x in parts) or not isinstance(checkpoint["classes"], list):
+        raise common.BadInput(f"{path} is not a checkpoint of pkd_compressed.py")
     if "optimizer" in checkpoint:
         raise common.BadInput(f"{path}: training has not finished; continue it by "
                               f"pkd_compressed.py --resume {path.parent}")
