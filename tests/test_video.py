@@ -511,6 +511,18 @@ def test_damaged_files_give_right_frames_or_bad_video(tmp_path, name, codec):
     assert read > 5
 
 
+def test_a_seek_over_damage_gives_the_frames_of_one_pass(tmp_path):
+    encode(tmp_path / "a.mp4", moving(30))
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        places = [packet.pos for packet in container.demux(video=0)]
+    data = bytearray((tmp_path / "a.mp4").read_bytes())
+    data[places[13] + 30] ^= 16
+    (tmp_path / "a.mp4").write_bytes(data)
+    everything = whole(tmp_path / "a.mp4")
+    for i in range(15, 30):
+        assert torch.equal(read_frames(tmp_path / "a.mp4", [i])[0], everything[i])
+
+
 @pytest.mark.parametrize("name", ["ünï 漢字.mp4", "#20[1]&(b)!;c~@.mp4", "100%03d.mp4",
                                   "set:1/a.mp4", "http:/a.mp4", "concat:a.mp4|b.mp4"])
 def test_names_that_ffmpeg_might_read_otherwise(tmp_path, monkeypatch, name):
