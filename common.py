@@ -212,11 +212,13 @@ def readable_class_name(name):
 
 def load_dataset(data, split=1, allow_missing=False, cache="runs/cache", toys="toy",
                  test_only=False):
-    """Read the lists of a data set: `toy` (rendered on first use, one of TOY_DATASETS) or a folder
-    in one of FORMATS. Class indices follow the sorted names, never the ids of a list. test_only:
-    train/ or the training CSV may be absent. -> VideoLists. Raises BadInput."""
+    """Read the lists of a data set: one of TOY_DATASETS (rendered on first use; for "toy", `toys`
+    says which) or a folder in one of FORMATS. Class indices follow the sorted names, never the
+    ids of a list. test_only: train/ or the training CSV may be absent. -> VideoLists. Raises
+    BadInput."""
     root = Path(data)
-    if data == "toy":
+    if data in TOY_DATASETS:
+        toys = toys if data == "toy" else data
         make = functools.partial(make_toy_dataset, **TOY_DATASETS[toys])
         root = make_once(cache, f"{toys}-v2", make)
     if not root.is_dir():
@@ -1692,6 +1694,8 @@ def exit_logits(net, heads, x):
 # distributed alike for all classes. Scene bias: in half of the training videos the background is
 # the class's own; in test split 1 it is random; in test split 2 it is that of another class.
 # Classes of the compressed scripts pair a shape with a motion. Diagonals test unseen classes.
+# The crowded sets are hard: a smaller object lies behind the first and moves in its own way, and
+# there are 25 training videos per class. toy-crowded-large has 200, for a teacher that knows more.
 
 MOTIONS = {  # words -> direction of (x, y, log radius)
     "moving left": (-1, 0, 0), "moving right": (1, 0, 0), "moving up": (0, -1, 0),
@@ -1705,7 +1709,9 @@ COLOURS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (60, 80, 240),
 SCENES = ("stripes", "checks", "dots", "plain ground")
 TOY_DATASETS = {  # arguments of make_toy_dataset
     "toy": {}, "toy-pairs": {"train": 900, "test": 240, "pairs": True},
-    "toy-diagonals": {"train": 2000, "test": 500, "motions": (*MOTIONS, *DIAGONALS)}}
+    "toy-diagonals": {"train": 2000, "test": 500, "motions": (*MOTIONS, *DIAGONALS)},
+    "toy-crowded": {"train": 150, "test": 600, "second": True},
+    "toy-crowded-large": {"seed": 1, "second": True}}
 
 
 def sample_toy_attributes(rng, motion, scene):
@@ -1714,6 +1720,14 @@ def sample_toy_attributes(rng, motion, scene):
             "colour": str(rng.choice(list(COLOURS))), "x": rng.uniform(.38, .62),
             "y": rng.uniform(.38, .62), "radius": rng.uniform(.13, .19),
             "speed": rng.uniform(.8, 1.1), "phase": list(rng.random(2))}
+
+
+def sample_second_object(rng, first, motions):
+    """Random attributes of an object behind the first: smaller, of another colour"""
+    second = sample_toy_attributes(rng, str(rng.choice(motions)), first["scene"])
+    colours = [colour for colour in COLOURS if colour != first["colour"]]
+    return {**second, "colour": str(rng.choice(colours)), "radius": .6 * second["radius"],
+            "x": rng.uniform(.25, .75), "y": rng.uniform(.25, .75), "phase": first["phase"]}
 
 
 def toy_caption(attributes):
@@ -1726,9 +1740,9 @@ def toy_caption(attributes):
             f"{attributes['scene']}")
 
 
-def render_frames(attributes, x, y, radius, pixels):
-    """Frames with the object at x, y, with this radius, (N,) each -> uint8 (N, pixels, pixels, 3)
-    """
+def render_frames(attributes, x, y, radius, pixels, frames=None):
+    """Frames with the object at x, y, with this radius, (N,) each -> uint8 (N, pixels, pixels, 3).
+    frames: draw it on these, instead of the scene"""
     row = (np.arange(pixels, dtype=np.float32)[:, None] + .5) / pixels              # (H, 1)
     column = row.T                                                                  # (1, W)
     phase = np.float32(attributes["phase"])
@@ -1744,8 +1758,9 @@ def render_frames(attributes, x, y, radius, pixels):
               "triangle": (v < .8) & (v > 2.4 * abs(u) - 1.1)}[attributes["shape"]]
     # textured, so that growing and shrinking move pixels inside the object
     shade = .85 + .15 * np.sin(5 * u[inside]) * np.sin(5 * v[inside])
-    frames = np.empty((*inside.shape, 3), np.uint8)
-    frames[:] = np.where(background, 110, 70)[..., None]
+    if frames is None:
+        frames = np.empty((*inside.shape, 3), np.uint8)
+        frames[:] = np.where(background, 110, 70)[..., None]
     frames[inside] = np.float32(COLOURS[attributes["colour"]]) * shade[:, None]
     return frames
 
@@ -1757,7 +1772,10 @@ def render_video(attributes, frames=16, pixels=64):
     x = attributes["x"] + .5 * dx * time
     y = attributes["y"] + .5 * dy * time
     radius = attributes["radius"] * np.exp(growth * time)
-    return render_frames(attributes, x, y, radius, pixels)
+    behind = None
+    if "second" in attributes:
+        behind = render_video(attributes["second"], frames, pixels)
+    return render_frames(attributes, x, y, radius, pixels, behind)
 
 
 def write_video(path, frames, fps=24, codec="mpeg4", pix_fmt="yuv420p", **options):
@@ -1773,10 +1791,12 @@ def write_video(path, frames, fps=24, codec="mpeg4", pix_fmt="yuv420p", **option
         container.mux(stream.encode(None))
 
 
-def make_toy_dataset(folder, train=1200, test=300, seed=0, pairs=False, motions=tuple(MOTIONS)):
+def make_toy_dataset(folder, train=1200, test=300, seed=0, pairs=False, motions=tuple(MOTIONS),
+                     second=False):
     """Render and encode toy videos into `folder`, with the lists of splits 1 and 2, and their
     attributes in toy_attributes.json. pairs: split 1 alone; classes are shape x motion, as in
-    "circle moving left"; larger and longer videos with one motion vector per 8 x 8 pixels."""
+    "circle moving left"; larger and longer videos with one motion vector per 8 x 8 pixels.
+    second: a second object behind the first."""
     rng = np.random.default_rng(seed)
     attributes = {}
     shape = (24, 96) if pairs else (16, 64)  # frames, pixels
@@ -1797,6 +1817,8 @@ def make_toy_dataset(folder, train=1200, test=300, seed=0, pairs=False, motions=
             if pairs:
                 sample["shape"] = ("circle", "cross")[i // len(motions) % 2]
                 label = f"{sample['shape']} {label}"
+            if second:
+                sample["second"] = sample_second_object(rng, sample, motions)
             name = f"{part}/{i:04d}.mp4"
             write_video(folder / name, render_video(sample, *shape), **options)
             attributes[name] = sample

@@ -489,7 +489,8 @@ def save_picture(variant, tasks, predictions, data, args, path):
     """Draw eight test videos, and what the labeller and the variant say about them."""
     indices = sorted(predictions)[::max(1, len(predictions) // 8)][:8]
     videos = [data.test[index] for index in indices]
-    tasks = label_videos([SpatialTask("action", data.classes), *tasks], videos, args, {})
+    tasks = [SpatialTask("action", data.classes), *tasks]
+    tasks = label_videos(tasks, videos, args, data.undecodable)
     rows = []
     for n, index in enumerate(indices):
         rows.append([(name, "black") for name in ("", "truth", "labeller", variant)])
