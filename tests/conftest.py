@@ -1,6 +1,8 @@
 """Fixtures that several test files share. One thread: two beside another process are slower."""
 import csv
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +11,20 @@ import pytest
 import torch
 
 import common
+import deit_video
+import tinyclip_swap
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def benchmark_once():
+    """Benchmarks call what they measure once."""
+    with pytest.MonkeyPatch.context() as patch:
+        for script in (tinyclip_swap, deit_video):
+            patch.setattr(script, "median_ms", lambda function: float(len(function())))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -113,6 +126,44 @@ def run_script():
                               text=True, timeout=600,
                               env={**os.environ, "HF_HUB_OFFLINE": "1", **environment})
     return run
+
+
+SAME = "--epochs 2 --workers 0 --batch-size 16 --frames 4"
+PARALLEL = {  # flags of each training script beside --data and --out
+    "tinyclip_swap.py": f"--large toy-large:random --small toy-small:random {SAME} --affinity",
+    "spatial_kd.py": f"--student toy-small:random --labeller toy-small:random {SAME} "
+                     "--variants spatial",
+    "deit_video.py": f"--teacher toy-small:random --student toy-small:random {SAME} "
+                     "--variants two_heads_soft two_heads_hard",
+    "pkd_compressed.py": "--networks toy toy toy --size 32 --workers 0 --batch-size 12 "
+                         "--segments 1 --epochs 2 --exit-epochs 3 --schedules progressive"}
+ONE_AFTER_THE_OTHER = """
+import functools, json, os, runpy, sys
+import torch.distributed as dist
+join, rank = dist.init_process_group, int(os.environ["RANK"])
+for number, sys.argv in enumerate(json.loads(sys.argv[1])):
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    # torchrun's own meeting place serves one group of processes: the next ones meet in a file
+    dist.init_process_group = functools.partial(
+        join, init_method=f"file://{__file__}.{number}", rank=rank, world_size=2)
+"""
+
+
+@pytest.fixture(scope="session")
+def two_processes(run_script, toy, coded, tmp_path_factory):
+    """The training scripts under one torchrun with two processes, which need to import PyTorch only
+    once -> {script: what it printed}, and the --out folder"""
+    out = tmp_path_factory.mktemp("parallel")
+    (out / "scripts.py").write_text(ONE_AFTER_THE_OTHER)
+    commands = [[script, "--data", str(coded if "pkd" in script else toy), "--out", str(out),
+                 *flags.split()] for script, flags in PARALLEL.items()]
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    done = run_script(out / "scripts.py", json.dumps(commands), python=torchrun,
+                      OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    printed = re.findall(r"^run: .*?\nRESULT [^\n]*$", done.stdout, re.M | re.S)
+    assert "\n".join(printed) == done.stdout.strip()
+    return dict(zip(PARALLEL, printed, strict=True)), out
 
 
 @pytest.fixture(scope="session")

@@ -665,10 +665,10 @@ def test_gmac_counts_every_matrix():
 
 
 def test_the_toy_clip_is_trained_once_and_finds_captions_of_new_stills(cache):
-    clip, tokenizer, _ = build_clip_model("toy-small", cache)
-    before = {path: path.stat().st_mtime_ns for path in cache.glob("toy-small*")}
-    assert same(clip.state_dict(), build_clip_model("toy-small", cache)[0].state_dict())
-    assert {path: path.stat().st_mtime_ns for path in cache.glob("toy-small*")} == before
+    clip, tokenizer, _ = build_clip_model("toy-large", cache)
+    before = {path: path.stat().st_mtime_ns for path in cache.glob("toy-large*")}
+    assert same(clip.state_dict(), build_clip_model("toy-large", cache)[0].state_dict())
+    assert {path: path.stat().st_mtime_ns for path in cache.glob("toy-large*")} == before
     assert len(before) == 1
     rng = np.random.default_rng(99)
     truths = [common.sample_toy_attributes(rng, "growing", str(rng.choice(common.SCENES)))

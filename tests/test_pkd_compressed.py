@@ -3,7 +3,6 @@ import dataclasses
 import functools
 import json
 import shutil
-import sys
 from collections import Counter
 from fractions import Fraction
 from itertools import product
@@ -426,23 +425,19 @@ def test_a_run_that_was_killed_twice_ends_like_an_undisturbed_one(base, coded, t
         assert same_weights(checkpoint(tmp_path)[part], checkpoint(base.out)[part])
 
 
-def test_two_processes_follow_one(base, coded, tmp_path, run_script):
+def test_two_processes_follow_one(base, coded, two_processes):
     """Each test video is counted once. Both processes have the same weights and statistics of
     BatchNorm. Losses differ from one process only by the batches that BatchNorm sees."""
-    torchrun = sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"
-    done = run_script("pkd_compressed.py", "--data", coded, *FAST, "--schedules", "progressive",
-                      "--out", tmp_path, OMP_NUM_THREADS="1", python=torchrun)
-    assert done.returncode == 0, done.stderr
-    assert "2 process(es)" in done.stdout
-    assert done.stdout.count("RESULT") == 1
-    assert done.stdout.splitlines()[-1].startswith("RESULT pkd_compressed data=")
-    saved, data = checkpoint(tmp_path), common.load_dataset(coded)
+    printed, out = two_processes[0]["pkd_compressed.py"], two_processes[1] / "pkd_compressed"
+    assert "2 process(es)" in printed
+    assert printed.splitlines()[-1].startswith("RESULT pkd_compressed data=")
+    saved, data = checkpoint(out), common.load_dataset(coded)
     schedules = ["progressive"]
     results, _ = evaluate(*networks(saved["streams"], saved["exits"], schedules), data.test, {},
                        parse_fast("--schedules", *schedules))
-    saved_results = record(tmp_path)["results"]
+    saved_results = record(out)["results"]
     assert results == {name: x for name, x in saved_results.items() if name != "scores"}
-    for row, single in zip(history(tmp_path), history(base.out), strict=True):
+    for row, single in zip(history(out), history(base.out), strict=True):
         losses = [key for key in row if "held_out" not in key]
         assert len(losses) == (2 if "progressive" in row else 4)  # and the epoch
         assert [row[key] for key in losses] == pytest.approx([single[key] for key in losses],

@@ -401,22 +401,18 @@ def test_resumed_run_equals_an_undisturbed_one(toy, all_variants, tmp_path, monk
     assert epochs(tmp_path) == undisturbed
 
 
-def test_two_processes_equal_one(toy, all_variants, tmp_path, run_script):
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
-    done = run_script("spatial_kd.py", "--data", toy, *FAST, "--out", tmp_path, "--variants",
-                      "spatial", "--grad-checkpointing", OMP_NUM_THREADS="1", python=torchrun)
-    assert done.returncode == 0, done.stderr
+def test_two_processes_equal_one(all_variants, two_processes):
+    printed, out = two_processes
     one = [row for row in epochs(all_variants[1]) if row["variant"] == "spatial"]
-    for a, b in zip(one, epochs(tmp_path), strict=True):
+    for a, b in zip(one, epochs(out), strict=True):
         assert a.pop("variant") == b.pop("variant")
         assert a == pytest.approx(b, rel=2e-3)
     assert re.fullmatch(r"RESULT spatial_kd data=small-toy split=1 seed=0 spatial=0\.\d{4} "
-                        r"spatial_swapped=0\.\d{4} seconds=\d+", done.stdout.splitlines()[-1])
-    assert done.stdout.startswith("run: ")
-    assert done.stdout.count("RESULT") == 1
-    record = read_results(tmp_path)
+                        r"spatial_swapped=0\.\d{4} seconds=\d+",
+                        printed["spatial_kd.py"].splitlines()[-1])
+    record = read_results(out)
     assert {"flags", "machine", "versions", "seconds", "results", "undecodable"} <= record.keys()
-    for task in read_targets(tmp_path)["tasks"]:
+    for task in read_targets(out)["tasks"]:
         assert (task.targets.amax(1) > 0).all()  # of both processes
 
 

@@ -3,6 +3,7 @@ import contextlib
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,11 +102,18 @@ def test_ctrl_c_in_training_is_one_line_in_all_processes(toy, tmp_path):
     assert not [line for line in before if "Traceback" in line]
 
 
-def test_results_and_checkpoint_survive_a_full_disk(toy, tmp_path):
-    tinyclip_swap.main(["--data", str(toy), "--out", str(tmp_path), *SMALL])
-    files = [file for file in tmp_path.rglob("*") if file.suffix in (".pt", ".json")]
+@pytest.fixture(scope="module")
+def finished(toy, tmp_path_factory):
+    """The folder of a finished run"""
+    out = tmp_path_factory.mktemp("finished")
+    tinyclip_swap.main(["--data", str(toy), "--out", str(out), *SMALL])
+    return next(out.glob("tinyclip_swap/*"))
+
+
+def test_results_and_checkpoint_survive_a_full_disk(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    files = [file for file in folder.iterdir() if file.suffix in (".pt", ".json")]
     before = {file: file.read_bytes() for file in files}
-    folder = next(tmp_path.glob("tinyclip_swap/*"))
     saved = common.read_checkpoint(folder / "large-last.pt")
     common.save_checkpoint({**saved, "history": saved["history"][:1]}, folder / "large-last.pt")
     before[folder / "large-last.pt"] = (folder / "large-last.pt").read_bytes()
@@ -128,10 +136,8 @@ def test_a_batch_needs_few_file_handles(coded):
 @pytest.mark.parametrize("damage", [
     {"model_state_dict": None}, {"model_state_dict": {}}, {"model_state_dict": "x"},
     {"fusion_model_state_dict": {"a": torch.ones(1)}}, {"optimizer": {"state": 3}}], ids=str)
-def test_resume_of_a_damaged_checkpoint_is_refused(toy, tmp_path, damage):
-    flags = ["--data", str(toy), "--out", str(tmp_path), *SMALL]
-    tinyclip_swap.main(flags)
-    file = next(tmp_path.rglob("large-last.pt"))
+def test_resume_of_a_damaged_checkpoint_is_refused(finished, tmp_path, damage):
+    file = shutil.copytree(finished, tmp_path / "run") / "large-last.pt"
     torch.save({**common.read_checkpoint(file), **damage}, file)
     with pytest.raises(BadInput, match=rf"{file} does not fit {next(iter(damage))}"):
         tinyclip_swap.main(["--resume", str(file.parent)])

@@ -22,14 +22,6 @@ RUNS = {  # script: its networks, and the fusion head of each variant that it tr
                  {"teacher": common.FusionHead, "two_heads_soft": deit_video.TokenFusionHead})}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def benchmark_once():
-    with pytest.MonkeyPatch.context() as patch:
-        for script in (tinyclip_swap, deit_video):
-            patch.setattr(script, "median_ms", lambda function: float(len(function())))
-        yield
-
-
 @pytest.fixture(scope="module")
 def diagonals(tmp_path_factory):
     """A small data set of toy videos with the diagonals"""
