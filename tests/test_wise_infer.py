@@ -274,7 +274,8 @@ def test_few_videos_give_late_fusion():
 
 
 @pytest.mark.parametrize("prior", ["zero", "fusion"])
-def test_weights_find_an_exit_that_is_better(prior):
+def test_weights_find_an_exit_that_is_better(monkeypatch, prior):
+    monkeypatch.setattr(wise_infer, "L1_GRID", (.1, .01))
     z, labels = two_networks(160, 0, 9.)
     z_new, labels_new = two_networks(400, 1, 9.)
     fusion = fixed_weights(EXITS[:8])["late_fusion"]
@@ -527,6 +528,7 @@ def test_undecodable_videos_are_wrong_in_the_test_and_left_out_of_the_fit(
         return cross_fit(z, labels, *more)
 
     monkeypatch.setattr(wise_infer, "cross_fit", spy)
+    monkeypatch.setattr(wise_infer, "time_early_exit", lambda *_: 1.)
     results = run(*flags, "--theta", .2, "--l1", 1)
     printed = capsys.readouterr()
     others = trained.held_out[:1] + trained.held_out[2:]
@@ -551,8 +553,9 @@ def test_undecodable_videos_are_wrong_in_the_test_and_left_out_of_the_fit(
 # ---- what is printed and saved
 
 
-def test_results_file_and_result_line_agree(trained, base, tmp_path, capsys):
+def test_results_file_and_result_line_agree(trained, base, tmp_path, capsys, monkeypatch):
     """And theta 2 sends every video to the last exit."""
+    monkeypatch.setattr(wise_infer, "time_early_exit", lambda *_: 1.)
     r = run("--checkpoint", trained.file, "--out", tmp_path, "--theta", 2, "--exit-order", *R_MV_I,
             "--schedule", "labels", "--l1", .1)
     printed = capsys.readouterr().out
@@ -573,7 +576,9 @@ def test_results_file_and_result_line_agree(trained, base, tmp_path, capsys):
     assert r["wise_early_gmac"] == r["wise_gmac"] == r["exits"][11]["GMAC"]
 
 
-def test_prior_fusion_deploys_the_other_weights_by_their_own_name(trained, base, tmp_path, capsys):
+def test_prior_fusion_deploys_the_other_weights_by_their_own_name(
+        trained, base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(wise_infer, "time_early_exit", lambda *_: 1.)
     flags = ("--checkpoint", trained.file, "--out", tmp_path, "--l1", .1)
     r = run(*flags, "--prior", "fusion")
     names = list(NAMES)
