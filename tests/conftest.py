@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -118,14 +119,21 @@ def hmdb51(shared, tmp_path):
     return root
 
 
-@pytest.fixture(scope="session")
-def run_script():
-    """run_script("name.py", flag, ...) runs a script as a process of its own; -> what it did."""
-    def run(*command, python=(sys.executable,), **environment):
-        return subprocess.run([*python, *map(str, command)], cwd=ROOT, capture_output=True,
-                              text=True, timeout=600,
-                              env={**os.environ, "HF_HUB_OFFLINE": "1", **environment})
-    return run
+def run_process(*command):
+    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True,
+                          text=True, timeout=600,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+                               "PYTHONPATH": str(ROOT)})
+
+
+@pytest.fixture(autouse=True, scope="session")
+def processes(request):
+    """What `plain` and `two_processes` wait for starts before the first test, and runs beside the
+    tests that do not need it -> {name: future}"""
+    wanted = {name for item in request.session.items for name in item.fixturenames}
+    pool = ThreadPoolExecutor(1)
+    return {name: pool.submit(run_process, *request.getfixturevalue(f"{name}_command"))
+            for name in ("plain", "two_processes") if name in wanted}
 
 
 SAME = "--epochs 2 --workers 0 --batch-size 16 --frames 4"
@@ -150,28 +158,42 @@ for number, sys.argv in enumerate(json.loads(sys.argv[1])):
 
 
 @pytest.fixture(scope="session")
-def two_processes(run_script, toy, coded, tmp_path_factory):
-    """The training scripts under one torchrun with two processes, which need to import PyTorch only
-    once -> {script: what it printed}, and the --out folder"""
-    out = tmp_path_factory.mktemp("parallel")
-    (out / "scripts.py").write_text(ONE_AFTER_THE_OTHER)
-    commands = [[script, "--data", str(coded if "pkd" in script else toy), "--out", str(out),
-                 *flags.split()] for script, flags in PARALLEL.items()]
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
-    done = run_script(out / "scripts.py", json.dumps(commands), python=torchrun,
-                      OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    assert done.returncode == 0, done.stderr
-    printed = re.findall(r"^run: .*?\nRESULT [^\n]*$", done.stdout, re.M | re.S)
-    assert "\n".join(printed) == done.stdout.strip()
-    return dict(zip(PARALLEL, printed, strict=True)), out
+def parallel(tmp_path_factory):
+    """The --out folder of two_processes"""
+    return tmp_path_factory.mktemp("parallel")
 
 
 @pytest.fixture(scope="session")
-def plain(run_script, moves, out):
+def two_processes_command(toy, coded, parallel):
+    (parallel / "scripts.py").write_text(ONE_AFTER_THE_OTHER)
+    commands = [[script, "--data", str(coded if "pkd" in script else toy), "--out", str(parallel),
+                 *flags.split()] for script, flags in PARALLEL.items()]
+    torchrun = "-m", "torch.distributed.run", "--nproc-per-node", "2"
+    return *torchrun, parallel / "scripts.py", json.dumps(commands)
+
+
+@pytest.fixture(scope="session")
+def two_processes(processes, parallel):
+    """The training scripts under one torchrun with two processes, which need to import PyTorch only
+    once -> {script: what it printed}, and the --out folder"""
+    done = processes["two_processes"].result()
+    assert done.returncode == 0, done.stderr
+    printed = re.findall(r"^run: .*?\nRESULT [^\n]*$", done.stdout, re.M | re.S)
+    assert "\n".join(printed) == done.stdout.strip()
+    return dict(zip(PARALLEL, printed, strict=True)), parallel
+
+
+@pytest.fixture(scope="session")
+def plain_command(moves, out):
+    return ("tinyclip_swap.py", "--data", moves, "--small", "toy-small:random", "--frames", 4,
+            "--epochs", 4, "--batch-size", 16, "--out", out)
+
+
+@pytest.fixture(scope="session")
+def plain(processes, out):
     """tinyclip_swap.py as a process, once, on the clips of four motions -> what it printed, and the
-    checkpoint of its large model, which has learned them; it sees 4 frames."""
-    common.build_clip_model("toy-large", out / "cache")  # once for all tests
-    done = run_script("tinyclip_swap.py", "--data", moves, "--small", "toy-small:random",
-                      "--frames", 4, "--epochs", 4, "--batch-size", 16, "--out", out)
+    checkpoint of its large model, which has learned them; it sees 4 frames. It leaves the toy CLIP
+    in the cache."""
+    done = processes["plain"].result()
     assert done.returncode == 0, done.stderr
     return done.stdout, next(out.glob("tinyclip_swap/moves-s1-seed0-*/large-last.pt"))

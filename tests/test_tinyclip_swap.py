@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import predicted_top1
+from torchvision.transforms.v2 import functional as TF
 
 import common
 import tinyclip_swap
@@ -58,6 +59,28 @@ def test_plain_command_learns_and_prints_result(plain):
     assert float(result[1]) == pytest.approx(saved["results"]["large"]["top1"])
     assert {"flags", "machine", "versions", "seconds"} <= saved.keys()
     assert len(saved["epochs"]) == 8
+
+
+def test_the_toy_clip_is_trained_once_and_finds_captions_of_new_stills(plain, cache):
+    clip, tokenizer, _ = common.build_clip_model("toy-large", cache)
+    before = {path: path.stat().st_mtime_ns for path in cache.glob("toy-large*")}
+    again = common.build_clip_model("toy-large", cache)[0]
+    assert all(map(torch.equal, clip.state_dict().values(), again.state_dict().values()))
+    assert {path: path.stat().st_mtime_ns for path in cache.glob("toy-large*")} == before
+    assert len(before) == 1
+    rng = np.random.default_rng(99)
+    truths = [common.sample_toy_attributes(rng, "growing", str(rng.choice(common.SCENES)))
+              for _ in range(64)]
+    stills = np.stack([common.render_video(truth, 3, 32)[1] for truth in truths])
+    captions = [common.toy_caption(truth) for truth in truths]
+    pixels = TF.normalize(torch.from_numpy(stills).permute(0, 3, 1, 2) / 255,
+                          clip.visual.image_mean, clip.visual.image_std)
+    with torch.no_grad():
+        image = clip.encode_image(pixels, normalize=True)
+        text = clip.encode_text(tokenizer(captions), normalize=True)
+    found = (image @ text.T).argmax(1)
+    right = [captions[j] == caption for j, caption in zip(found, captions, strict=True)]
+    assert np.mean(right) > .6  # chance is about 1 in 60
 
 
 def test_trained_model_uses_the_order_of_frames(plain, moving):
