@@ -150,7 +150,7 @@ def load_state_dict(module, state, path, name):
 
 class Undecodable(dict):
     """{path: reason} of what the loaders of a data set could not decode. total: its videos"""
-    total = 0
+    total = float("inf")
 
 
 @dataclasses.dataclass
@@ -930,7 +930,7 @@ class VideoLoader(torch.utils.data.DataLoader):
                                     world_size)
         if dataset.train and len(sampler) < 10:
             print(f"only {len(sampler)} steps per epoch: lower --batch-size", file=sys.stderr)
-        self.undecodable = Undecodable() if undecodable is None else undecodable
+        self.undecodable = {} if undecodable is None else undecodable  # of all loaders
         self.undecodable_here = set()
         super().__init__(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=_collate,
                          persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
@@ -945,7 +945,7 @@ class VideoLoader(torch.utils.data.DataLoader):
                 self.undecodable_here.add(path)
             nothing_left = self.dataset.train and -1 in batch.label
             failures = [(len(self.undecodable_here), len(self.dataset)),
-                        (len(self.undecodable), self.undecodable.total or float("inf"))]
+                        (len(self.undecodable), getattr(self.undecodable, "total", float("inf")))]
             for failed, total in failures:
                 if nothing_left or failed > max(10, .01 * total):
                     raise BadInput(f"{failed} of {total} videos cannot be decoded, for example "
