@@ -21,13 +21,13 @@ z_t (B, K) those of teacher t. Logits are means over the S frames of a video.
       soft_cross_entropy   -1/B sum_b sum_c softmax(z_t / tau)_bc log softmax(z_k / tau)_bc
                            sum over classes, mean over videos, no tau^2, no labels; tau = 1
   (3) teacher_for_step     who teaches the exits of network s in each sixth of the steps:
-        schedule       1   2   3   4   5   6
-        labels         -   -   -   -   -   -     baseline, eq. (1)
-        progressive    mv  r   s   s   s   s     PKD
-        anti           s   s   s   s   r   mv    control: PKD in reverse
-        iframe         i   i   i   i   i   i     control: one teacher, the best network
-        self           s   s   s   s   s   s     control: one teacher, the network itself
-      With --third-teacher i, i replaces s in progressive and anti.
+        schedule            1   2   3   4   5   6
+        labels              -   -   -   -   -   -     baseline, eq. (1)
+        progressive         mv  r   s   s   s   s     PKD as in the authors' code
+        progressive_iframe  mv  r   i   i   i   i     PKD as in the paper
+        anti                s   s   s   s   r   mv    control: PKD in reverse
+        iframe              i   i   i   i   i   i     control: one teacher, the I-frame network
+        self                s   s   s   s   s   s     control: one teacher, the network itself
 
 The networks are frozen at the start of train_exits, including the statistics of BatchNorm. All
 schedules have the same initial weights, batches and number of steps.
@@ -93,7 +93,8 @@ DEVICE = torch.device("cuda", LOCAL_RANK) if USE_CUDA else torch.device("cpu")
 DEVICE_NAME = torch.cuda.get_device_name(DEVICE) if USE_CUDA else f"{platform.machine()} CPU"
 
 STREAMS = {"mv": "motion", "r": "residual", "i": "iframe"}  # names in tables and results
-SCHEDULES = ("labels", "progressive", "anti", "iframe", "self")
+EXITS = [f"{name}{k}" for name, k in product(STREAMS.values(), (1, 2, 3))]
+SCHEDULES = ("labels", "progressive", "progressive_iframe", "anti", "iframe", "self")
 NUM_FIXED_CROPS = 2  # crops of each video that the exits see
 CACHE_GB = 16  # size limit of the feature cache
 
@@ -115,12 +116,12 @@ def exits_loss(z, labels, teacher_logits, tau):
     return sum(soft_cross_entropy(z_k, teacher_logits, tau) for z_k in z)       # ()            (2)
 
 
-def teacher_for_step(step, steps, schedule, stream, third_teacher):
-    """Eq. (3) for the exits of the network `stream` at step 0..steps-1. third_teacher: self or i.
+def teacher_for_step(step, steps, schedule, stream):
+    """Eq. (3) for the exits of the network `stream` at step 0..steps-1
     -> the teacher: mv, r or i, or None if the labels teach"""
-    third = stream if third_teacher == "self" else "i"
-    progressive = ["mv", "r", third, third, third, third]                       # (6,)
+    progressive = ["mv", "r", stream, stream, stream, stream]                   # (6,)
     teachers = {"labels": [None] * 6, "progressive": progressive, "anti": progressive,
+                "progressive_iframe": ["mv", "r", "i", "i", "i", "i"],
                 "iframe": ["i"] * 6, "self": [stream] * 6}
     if schedule == "anti":
         step = steps - 1 - step
@@ -370,7 +371,7 @@ def train_exits(streams, exits, data, held_out, metadata, folder, args):
             # each schedule has its own exits; its teacher depends on the step
             schedule_losses = dict.fromkeys(args.schedules, 0.)
             for (schedule, stream), z in logits.items():
-                teacher = teacher_for_step(step, steps, schedule, stream, args.third_teacher)
+                teacher = teacher_for_step(step, steps, schedule, stream)
                 teacher_logits = features[f"{teacher}4"] if teacher else None   # (B, K)
                 schedule_losses[schedule] += exits_loss(z, features["labels"], teacher_logits,
                                                         args.tau)
@@ -417,8 +418,7 @@ def evaluate(streams, exits, videos, undecodable, args):
         dist.all_reduce(p)
     top1 = dict(zip(logits, (correct / len(videos)).tolist(), strict=True))
     for schedule in args.schedules:
-        exits_top1 = [x for name, x in top1.items() if name.startswith(f"{schedule}_")]
-        top1[f"{schedule}_mean"] = sum(exits_top1) / 9
+        top1[f"{schedule}_mean"] = sum([top1[f"{schedule}_{name}"] for name in EXITS]) / 9
     return top1, p
 
 
@@ -531,11 +531,12 @@ def main(argv=None):
 
 
 def report(results, data, args, start_time):
-    print("exit      ", *[f"{schedule:>11}" for schedule in args.schedules])
-    exits = [f"{name}{k}" for name, k in product(STREAMS.values(), (1, 2, 3))]
-    for name in (*exits, "mean"):
-        top1 = [results[f"{schedule}_{name}"] for schedule in args.schedules]
-        print(f"{name:10}", *[f"{x:11.4f}" for x in top1])
+    columns = {schedule: max(11, len(schedule)) for schedule in args.schedules}  # their widths
+    print("exit      ", *[f"{schedule:>{width}}" for schedule, width in columns.items()])
+    for name in (*EXITS, "mean"):
+        top1 = [results[f"{schedule}_{name}"] for schedule in columns]
+        cells = zip(top1, columns.values(), strict=True)
+        print(f"{name:10}", *[f"{x:{width}.4f}" for x, width in cells])
     print(f"Top-1 after each schedule; {len(data.test)} test videos, chance 1/{len(data.classes)}")
     for row in results.get("flatness", ()):
         print("{stream:8} {of:17} loss {loss:.4g}, trace of its Hessian {trace:.4g} "
@@ -605,8 +606,6 @@ def parse(argv=None):
     add("--imagenet", action="store_true", help="start from ImageNet's weights, as in CoViAR")
     add("--schedules", nargs="+", choices=[*SCHEDULES, "all"], default=["labels", "progressive"],
         help="who teaches the exits, eq. (3) (default: labels progressive)")
-    add("--third-teacher", choices=("self", "i"), default="self",
-        help="last teacher of progressive (default: self)")
     add("--tau", type=float, default=1., help="temperature of eq. (2) (default: 1)")
 
     add = parser.add_argument_group("training").add_argument

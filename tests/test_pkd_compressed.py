@@ -19,6 +19,7 @@ import common
 import pkd_compressed
 import wise_infer
 from pkd_compressed import (
+    EXITS,
     SCHEDULES,
     STREAMS,
     Exits,
@@ -38,7 +39,6 @@ from pkd_compressed import (
 FAST = ("--networks", "toy", "toy", "toy", "--size", 32, "--workers", 0, "--batch-size", 12,
         "--segments", 1, "--epochs", 2, "--exit-epochs", 3)
 TRAINED = "labels", "progressive", "anti"  # schedules of the fixture base
-EXITS = [f"{name}{k}" for name, k in product(STREAMS.values(), (1, 2, 3))]
 
 
 def run_main(*flags):
@@ -156,18 +156,18 @@ def test_soft_cross_entropy_is_finite_for_distant_logits(gap):
 
 
 def test_teachers_change_after_one_and_two_sixths():
-    for stream, third_teacher, steps in product(STREAMS, ("self", "i"), (1, 2, 5, 6, 7, 300)):
-        third = {"self": stream, "i": "i"}[third_teacher]
-        progressive = []
-        for step in range(steps):
-            second = "mv" if Fraction(step, steps) < Fraction(1, 6) else "r"
-            progressive.append(second if Fraction(step, steps) < Fraction(1, 3) else third)
+    for stream, steps in product(STREAMS, (1, 2, 5, 6, 7, 300)):
+        starts = [Fraction(step, steps) for step in range(steps)]
+        first_two = [("mv" if x < Fraction(1, 6) else "r") for x in starts if x < Fraction(1, 3)]
+        others = steps - len(first_two)
+        progressive = first_two + [stream] * others
         teachers = {}
         for schedule in SCHEDULES:
-            teachers[schedule] = [teacher_for_step(step, steps, schedule, stream, third_teacher)
+            teachers[schedule] = [teacher_for_step(step, steps, schedule, stream)
                                   for step in range(steps)]
         assert teachers == {
             "labels": [None] * steps, "progressive": progressive, "anti": progressive[::-1],
+            "progressive_iframe": first_two + ["i"] * others,
             "iframe": ["i"] * steps, "self": [stream] * steps}
     assert progressive == ["mv"] * 50 + ["r"] * 50 + ["i"] * 200  # epochs of the paper's code
 
