@@ -441,15 +441,18 @@ def measure_flatness(streams, exits, data, args):
 
 
 def hessian_trace(module, stream, batches, seed, probes=30):
-    """Trace of the Hessian H of the cross-entropy of a network, or of its three exits together.
-    Hutchinson's estimate: tr H = E[v^T H v] for random v of +1 and -1. batches: network_inputs and
-    frozen_features; label -1 does not count. -> loss, trace, its standard error over probes"""
+    """Trace of the Hessian H of the cross-entropy of a network, or of its three exits together, and
+    the sum of w^2 H_ww over the weights w, which is the trace for relative changes of weights.
+    Hutchinson's estimate: tr H = E[v^T H v] for random v of +1 and -1; for the sum, v is times w.
+    batches: network_inputs and frozen_features; label -1 does not count. -> loss, both measures,
+    their standard errors over probes"""
     weights = list(module.parameters())
     num_videos = sum((batch["labels"] >= 0).sum() for batch in batches)
-    traces = np.zeros(probes)
+    traces = np.zeros((probes, 2))
     torch.manual_seed(seed)
     for n in tqdm(range(probes), "flatness", leave=False, disable=None):
         v = [torch.randn_like(w).sign() for w in weights]
+        wv = [w.detach() * v_w for w, v_w in zip(weights, v, strict=True)]
         loss = 0.
         for batch in batches:  # one by one: memory holds the graph of one batch
             if isinstance(module, nn.ModuleList):
@@ -460,11 +463,15 @@ def hessian_trace(module, stream, batches, seed, probes=30):
                   for z in logits]
             batch_loss = sum(ce) / num_videos
             grads = torch.autograd.grad(batch_loss, weights, create_graph=True)
-            Hv = torch.autograd.grad(grads, weights, v)
-            for Hv_w, v_w in zip(Hv, v, strict=True):
-                traces[n] += (Hv_w * v_w).sum().item()
+            Hv = torch.autograd.grad(grads, weights, v, retain_graph=True)
+            Hwv = torch.autograd.grad(grads, weights, wv)
+            for Hv_w, v_w, Hwv_w, wv_w in zip(Hv, v, Hwv, wv, strict=True):
+                traces[n] += (Hv_w * v_w).sum().item(), (Hwv_w * wv_w).sum().item()
             loss += batch_loss.item()
-    return {"loss": loss, "trace": traces.mean(), "standard error": traces.std(ddof=1) / probes**.5}
+    trace, relative = traces.mean(0)
+    errors = traces.std(0, ddof=1) / probes**.5
+    return {"loss": loss, "trace": trace, "trace error": errors[0],
+            "relative": relative, "relative error": errors[1]}
 
 
 # ---- main and report -----------------------------------------------------------------------------
@@ -539,8 +546,13 @@ def report(results, data, args, start_time):
         print(f"{name:10}", *[f"{x:{width}.4f}" for x, width in cells])
     print(f"Top-1 after each schedule; {len(data.test)} test videos, chance 1/{len(data.classes)}")
     for row in results.get("flatness", ()):
-        print("{stream:8} {of:17} loss {loss:.4g}, trace of its Hessian {trace:.4g} "
-              "+- {standard error:.2g}".format_map(row))
+        print("{stream:8} {of:24} loss {loss:.4g}, trace of its Hessian {trace:.4g} "
+              "+- {trace error:.2g}, sum of w^2 H {relative:.4g} +- {relative error:.2g}"
+              .format_map(row))
+    if args.flatness:
+        print("Compare networks by the sum of w^2 H, not by the trace: if a convolution before a "
+              "BatchNorm\nis scaled, the function and this sum stay as they are, but the trace "
+              "changes.")
     for warning in data.warnings():
         print(f"NOTE {warning}")
     numbers = " ".join([f"{name}={x:.4f}" for name, x in results["scores"].items()])

@@ -366,12 +366,12 @@ def test_undecodable_training_videos_do_not_stop_the_test(coded):
 
 
 class Constant(nn.Module):
-    """Logits b + c for every video. With b = c = 1 and equally many videos of each of K classes,
+    """Logits b + c for every video. With b = 1, c = 3 and equally many videos of each of K classes,
     the loss is log K, a minimum. Its Hessian is diag(p) - p p^T, p = 1/K, once for each tensor."""
 
     def __init__(self):
         super().__init__()
-        self.b, self.c = nn.Parameter(torch.ones(12)), nn.Parameter(torch.ones(12))
+        self.b, self.c = nn.Parameter(torch.ones(12)), nn.Parameter(3 * torch.ones(12))
 
     def forward(self, x, S=None):
         z = (self.b + self.c).expand(len(x), 12)
@@ -380,17 +380,33 @@ class Constant(nn.Module):
 
 @pytest.mark.parametrize("exits", [1, 3])
 def test_hessian_trace_in_closed_form(exits):
-    """Two tensors, each with the trace K (1/K) (1 - 1/K). An undecodable video, label -1, does not
-    count. The weights stay as they were."""
+    """Two tensors, each with the trace K (1/K) (1 - 1/K), which the other measure takes times w^2:
+    1 and 9. An undecodable video, label -1, does not count. The weights stay as they were."""
     labels = torch.tensor([*range(12), -1]).split(8)
     module = nn.ModuleList([Constant() for _ in range(3)]) if exits == 3 else Constant()
     batches = [{"labels": y, "mv": y, **dict.fromkeys(("mv1", "mv2", "mv3"), y[:, None])}
                for y in labels]
-    row, expected = hessian_trace(module, "mv", batches, 0, probes=300), exits * 2 * 11 / 12
+    row = hessian_trace(module, "mv", batches, 0, probes=300)
     assert row["loss"] == pytest.approx(exits * np.log(12))
-    assert 0 < row["standard error"] < .1 * expected
-    assert abs(row["trace"] - expected) < 4 * row["standard error"]
-    assert all((w == 1).all() and w.grad is None for w in module.parameters())
+    for name, expected in (("trace", exits * 2 * 11 / 12), ("relative", exits * (1 + 9) * 11 / 12)):
+        assert 0 < row[f"{name} error"] < .1 * expected
+        assert abs(row[name] - expected) < 4 * row[f"{name} error"]
+    assert {(w.unique().item(), w.grad) for w in module.parameters()} == {(1, None), (3, None)}
+
+
+def test_the_sum_of_w2_h_does_not_depend_on_the_scale_of_a_convolution():
+    """Three times the weights before a BatchNorm: the same function, but another trace"""
+    net = networks()[0].nets["mv"]
+    x = torch.randn(6, 1, 2, 32, 32, generator=torch.Generator().manual_seed(0))
+    batches = [{"labels": torch.arange(6), "mv": x}]
+    before = hessian_trace(net, "mv", batches, 0, probes=2)
+    conv, norm, *_ = net.stem
+    for tensor, factor in ((conv.weight, 3), (norm.running_mean, 3), (norm.running_var, 9)):
+        tensor.data *= factor
+    after = hessian_trace(net, "mv", batches, 0, probes=2)
+    for name in ("loss", "relative"):
+        assert after[name] == pytest.approx(before[name], rel=1e-3)
+    assert after["trace"] != pytest.approx(before["trace"], rel=.1)
 
 
 # ---- resume, and several processes
