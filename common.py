@@ -220,7 +220,7 @@ def load_dataset(data, split=1, allow_missing=False, cache="runs/cache", toys="t
     if data in TOY_DATASETS:
         toys = toys if data == "toy" else data
         make = functools.partial(make_toy_dataset, **TOY_DATASETS[toys])
-        root = make_once(cache, f"{toys}-v2", make)
+        root = make_once(cache, f"{toys}-v3", make)
     if not root.is_dir():
         raise BadInput(f"--data {data}: there is no such folder. Name a folder, or toy. {FORMATS}")
     train_rows, test_rows = _read_lists(root, split, test_only)
@@ -1794,9 +1794,10 @@ def write_video(path, frames, fps=24, codec="mpeg4", pix_fmt="yuv420p", **option
 def make_toy_dataset(folder, train=1200, test=300, seed=0, pairs=False, motions=tuple(MOTIONS),
                      second=False):
     """Render and encode toy videos into `folder`, with the lists of splits 1 and 2, and their
-    attributes in toy_attributes.json. pairs: split 1 alone; classes are shape x motion, as in
-    "circle moving left"; larger and longer videos with one motion vector per 8 x 8 pixels.
-    second: a second object behind the first."""
+    attributes in toy_attributes.json. pairs: classes are shape x motion, as in "circle moving
+    left"; larger and longer videos with one motion vector per 8 x 8 pixels; split 2 has the same
+    videos, but its classes are the colours of the objects. second: a second object behind the
+    first."""
     rng = np.random.default_rng(seed)
     attributes = {}
     shape = (24, 96) if pairs else (16, 64)  # frames, pixels
@@ -1807,6 +1808,7 @@ def make_toy_dataset(folder, train=1200, test=300, seed=0, pairs=False, motions=
     for part, count, lists in parts:
         (folder / part).mkdir(parents=True)
         rows = [("path", "label")]
+        colours = rows.copy()
         for i in range(count):
             action = i % len(motions)
             label = motions[action]
@@ -1823,9 +1825,13 @@ def make_toy_dataset(folder, train=1200, test=300, seed=0, pairs=False, motions=
             write_video(folder / name, render_video(sample, *shape), **options)
             attributes[name] = sample
             rows.append((name, label))
-        for name in lists:
+            colours.append((name, sample["colour"]))
+        tables = dict.fromkeys(lists, rows)
+        if pairs:
+            tables[f"{part}2"] = colours
+        for name, table in tables.items():
             with open(folder / f"{name}.csv", "w", newline="") as file:
-                csv.writer(file).writerows(rows)
+                csv.writer(file).writerows(table)
     (folder / "toy_attributes.json").write_text(json.dumps(attributes, indent=0))
 
 

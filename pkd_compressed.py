@@ -38,6 +38,7 @@ lr .01, .005, .0003, pretrained layers at .01 of that, the first layers of mv an
 
   python pkd_compressed.py                     toy videos; 1 to 2 minutes on 2 CPU cores
   python pkd_compressed.py --schedules all --flatness
+  python pkd_compressed.py --split 2 --flatness   labelled by colour, which every frame shows
   python pkd_compressed.py --label-noise 0.4   where a teacher helps
   python pkd_compressed.py --data HMDB51 --reencode --imagenet --batch-size 64
 
@@ -598,7 +599,8 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument_group("data").add_argument
     add("--data", default="toy", help="toy (default), or a folder in a format of the README")
-    add("--split", type=int, default=1, choices=(1, 2, 3), help="train/test split (default: 1)")
+    add("--split", type=int, default=1, choices=(1, 2, 3),
+        help="train/test split (default: 1; toy data 2: the same videos, labelled by colour)")
     add("--allow-missing", action="store_true", help="ignore listed videos that do not exist")
     add("--shots", type=int, default=0,
         help="training videos per class; all videos stay held out (default: all)")

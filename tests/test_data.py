@@ -125,6 +125,19 @@ def test_toy_folder_is_a_data_set_with_balanced_classes(toy):
     assert not {path for path, _ in swapped.test} & {path for path, _ in data.test}
 
 
+def test_split_2_of_pairs_is_labelled_by_colour(coded):
+    truths = json.loads((coded / "toy_attributes.json").read_text())
+    pairs, colours = load_dataset(coded), load_dataset(coded, 2)
+    assert colours.classes == sorted(common.COLOURS)
+    for part in ("train", "test"):
+        videos = getattr(colours, part)
+        assert [path for path, _ in videos] == [path for path, _ in getattr(pairs, part)]
+        for path, label in videos:
+            truth = truths["/".join(Path(path).parts[-2:])]
+            assert colours.classes[label] == truth["colour"]
+    assert colours.digest() != pairs.digest()
+
+
 # ---- formats -------------------------------------------------------------------------------------
 
 
