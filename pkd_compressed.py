@@ -40,6 +40,7 @@ lr .01, .005, .0003, pretrained layers at .01 of that, the first layers of mv an
   python pkd_compressed.py --schedules all --flatness
   python pkd_compressed.py --split 2 --flatness   labelled by colour, which every frame shows
   python pkd_compressed.py --label-noise 0.4   where a teacher helps
+  python pkd_compressed.py --label-noise 0.4 --clean-iframe --schedules all
   python pkd_compressed.py --data HMDB51 --reencode --imagenet --batch-size 64
 
 The plain command printed (2 cores of an x86_64 CPU, torch 2.15.0):
@@ -290,8 +291,9 @@ def allowed_flips(data, args):
     return [flip and not args.no_flip for flip in common.flippable(data.classes)]
 
 
-def train_networks(streams, data, metadata, folder, args):
-    """Stage 1: the three networks learn from the labels. -> history"""
+def train_networks(streams, data, metadata, folder, args, iframe_labels=None):
+    """Stage 1: the three networks learn from the labels; that of I-frames from iframe_labels, if
+    given, one for each video of data.train. -> history"""
     loader = make_loader(data.train, data.undecodable, args, train=True)
     optimizer, lr_schedule = build_optimizer(streams, args.epochs * len(loader), args)
     modules = {"streams": streams, "optimizer": optimizer, "lr_schedule": lr_schedule}
@@ -308,11 +310,16 @@ def train_networks(streams, data, metadata, folder, args):
         for batch in tqdm(batches, f"networks {epoch + 1}", len(loader), leave=False, disable=None):
             # the networks see the same videos, with the same crop and flip
             x = network_inputs(batch, args, can_flip)
-            labels = torch.tensor(batch.label).to(DEVICE, non_blocking=True)    # (B,)
+            labels = dict.fromkeys(STREAMS, batch.label)
+            if iframe_labels:
+                labels["i"] = [iframe_labels[index] for _, index in batch.rng_key]
             outputs = ddp_streams(x)                                            # maps, logits
 
             # one cross-entropy per network; the sum trains each as if it were alone
-            ce = [F.cross_entropy(logits.float(), labels) for _, logits in outputs.values()]
+            ce = []
+            for stream, (_, logits) in outputs.items():
+                y = torch.tensor(labels[stream]).to(DEVICE, non_blocking=True)  # (B,)
+                ce.append(F.cross_entropy(logits.float(), y))
             sum(ce).backward()
             for net in streams.nets.values():
                 nn.utils.clip_grad_norm_(net.parameters(), 1.)
@@ -492,6 +499,7 @@ def main(argv=None):
     digest = data.digest()
     data, held_out = common.hold_out_videos(data, args.holdout, args.seed)
     data = common.subsample_shots(data, args.shots, args.seed)
+    iframe_labels = [label for _, label in data.train] if args.clean_iframe else None
     data = common.corrupt_labels(data, args.label_noise, args.seed)
     videos = data.train + held_out + data.test
     if not args.reencode:
@@ -520,7 +528,7 @@ def main(argv=None):
             pass
 
     # train, test
-    history = train_networks(streams, data, metadata, folder, args)
+    history = train_networks(streams, data, metadata, folder, args, iframe_labels)
     history += train_exits(streams, exits, data, held_out, metadata, folder, args)
     results, p = evaluate(streams, exits, data.test, data.undecodable, args)
     if WORLD_SIZE > 1:
@@ -606,6 +614,8 @@ def parse(argv=None):
         help="training videos per class; all videos stay held out (default: all)")
     add("--label-noise", type=float, default=0.,
         help="share of wrong training labels; held-out videos keep the right ones (default: 0)")
+    add("--clean-iframe", action="store_true",
+        help="control: with --label-noise, the I-frame network alone learns from right labels")
     add("--no-flip", action="store_true", help="never mirror videos in training")
     add("--holdout", type=float, default=.2,
         help="share of the training videos that is held out for wise_infer.py (default: 0.2)")

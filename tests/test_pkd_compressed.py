@@ -481,6 +481,19 @@ def test_a_degraded_network_stops_after_one_epoch(coded, tmp_path, monkeypatch):
         assert torch.equal(weights[0][stream], later[stream]) == (stream == "r")
 
 
+def test_clean_iframe_keeps_the_labels_of_the_iframe_network(coded, tmp_path, monkeypatch):
+    """With all labels wrong, its losses are those of right labels, and those of others are not."""
+    monkeypatch.setattr(common, "flippable", lambda _: [False] * 12)  # else flips depend on labels
+    flags = "--data", coded, *FAST, "--epochs", 1, "--exit-epochs", 1
+    rows = {}
+    for name, more in (("right", ()), ("wrong", ("--label-noise", 1)),
+                       ("clean", ("--label-noise", 1, "--clean-iframe"))):
+        run_main(*flags, *more, "--out", tmp_path / name)
+        rows[name], _ = history(tmp_path / name)
+    assert rows["clean"] == {**rows["wrong"], "iframe": rows["right"]["iframe"]}
+    assert rows["wrong"] != rows["clean"]
+
+
 # ---- videos that must be re-encoded, real videos, mistakes
 
 
