@@ -1283,6 +1283,7 @@ class ActionCLIP(nn.Module):
         self.frames = None
         self.classes = []
         self.templates = TEMPLATES
+        self.longest_text = 0  # number of tokens
         self.trained_on = torch.tensor([])
         self.crop_size = int(np.max(clip_model.visual.image_size))
         self.resize_to = round(self.crop_size * 8 / 7)
@@ -1304,10 +1305,19 @@ class ActionCLIP(nn.Module):
         return self.fusion(self.encode_frames(video))
 
     def encode_text(self, tokens):
-        """(..., length) token ids -> (..., D)"""
-        chunks = tokens.flatten(0, -2).split(512)  # K classes x 16 templates need memory
-        text = torch.cat([self.clip_model.encode_text(chunk) for chunk in chunks])
-        return text.unflatten(0, tokens.shape[:-1])
+        """(..., length) token ids -> (..., D), as CLIP.encode_text. No token sees those behind it,
+        so padding can be cut off. On a CPU it is not: other sizes round differently."""
+        clip = self.clip_model
+        if tokens.is_cuda and self.longest_text:
+            tokens = tokens[..., :self.longest_text]
+        length = tokens.shape[-1]
+        embeddings = []
+        for chunk in tokens.flatten(0, -2).split(512):  # K classes x 16 templates need memory
+            x = clip.token_embedding(chunk) + clip.positional_embedding[:length]
+            x = clip.transformer(x, attn_mask=clip.attn_mask[:length, :length])
+            x = clip.ln_final(x)[torch.arange(len(x), device=x.device), chunk.argmax(-1)]
+            embeddings.append(x @ clip.text_projection)
+        return torch.cat(embeddings).unflatten(0, tokens.shape[:-1])
 
     def tokenize_classes(self, classes, templates=None):
         """K class names -> token ids (P, K, length) under P templates (default: the model's)"""
@@ -1315,6 +1325,7 @@ class ActionCLIP(nn.Module):
                               for template in templates or self.templates])
         if min(len(prompts.unique(dim=0)) for prompts in tokens) < len(set(classes)):
             raise BadInput(f"two classes have the same first {tokens.shape[2]} tokens; rename one")
+        self.longest_text = max(self.longest_text, int(tokens.argmax(-1).max()) + 1)
         return tokens.to(self.mean.device)
 
     @torch.no_grad()

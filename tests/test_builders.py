@@ -312,6 +312,21 @@ def test_a_checkpoint_says_what_can_be(tmp_path):
         build_actionclip(f"toy-small:{path}")
 
 
+def test_texts_without_padding_have_the_same_embeddings_and_gradients():
+    model = build_actionclip("toy-small:random", MeanHead).double()
+    tokens = model.tokenize_classes(["run", "climb the stairs"])
+    assert 10 < model.longest_text < tokens.shape[-1] == 20
+    texts, gradients = [], []
+    for length in (20, model.longest_text):
+        texts.append(model.encode_text(tokens[..., :length]))
+        model.zero_grad()
+        texts[-1].square().sum().backward()
+        gradients.append([w.grad for w in model.clip_model.parameters() if w.grad is not None])
+    torch.testing.assert_close(*texts)
+    torch.testing.assert_close(*gradients)
+    assert torch.equal(texts[0], model.clip_model.encode_text(tokens.flatten(0, 1)).view(16, 2, 48))
+
+
 def test_names_that_a_clip_cannot_tell_apart_are_refused():
     model = build_actionclip("toy-small:random", MeanHead)
     with pytest.raises(BadInput, match="20 tokens"):
