@@ -822,6 +822,12 @@ class Sample(NamedTuple):
     undecodable: list
 
 
+@functools.lru_cache(maxsize=2_000)  # toys: 0.1 GB in each loader worker; at most 0.5 GB
+def _training_frames(path, short_side):
+    """Short training videos of few pixels, such as toys, are decoded once. -> uint8 (N, 3, H, W)"""
+    return read_frames(path, range(index_video(path).num_frames), short_side, enlarge=False)
+
+
 class VideoDataset(torch.utils.data.Dataset):
     """Decodes T frames of the video of a key (epoch, index) -> Sample. videos: [(path, label)].
     short_side: pixels. sampling: "tsn", or "dense" with `views` windows per test video.
@@ -865,6 +871,8 @@ class VideoDataset(torch.utils.data.Dataset):
             indices = dense_indices(num_frames, self.frames, rng, self.views).ravel()
         else:
             indices = tsn_indices(num_frames, self.frames, rng)
+        if self.train and num_frames <= 32 and self.short_side and self.short_side <= 40:
+            return _training_frames(path, self.short_side)[indices]
         return read_frames(path, indices, self.short_side, enlarge=not self.train)
 
     def blank(self):
@@ -1813,18 +1821,18 @@ def make_toy_dataset(folder, train=1200, test=300, seed=0, pairs=False, motions=
     attributes = {}
     shape = (24, 96) if pairs else (16, 64)  # frames, pixels
     options = {"flags": "+mv4"} if pairs else {}
-    parts = [("train", train, ["train1", "train2"]), ("test", test, ["test1"])]
+    subsets = [("train", train, ["train1", "train2"]), ("test", test, ["test1"])]
     if not pairs:
-        parts.append(("swapped", test, ["test2"]))
-    for part, count, lists in parts:
-        (folder / part).mkdir(parents=True)
+        subsets.append(("swapped", test, ["test2"]))
+    for subset, count, lists in subsets:
+        (folder / subset).mkdir(parents=True)
         rows = [("path", "label")]
         colours = rows.copy()
         for i in range(count):
             action = i % len(motions)
             label = motions[action]
-            scene = SCENES[(action + 2 * (part == "swapped")) % len(SCENES)]
-            if part == "test" or (part == "train" and rng.random() >= .5):
+            scene = SCENES[(action + 2 * (subset == "swapped")) % len(SCENES)]
+            if subset == "test" or (subset == "train" and rng.random() >= .5):
                 scene = str(rng.choice(SCENES))
             sample = sample_toy_attributes(rng, label, scene)
             if pairs:
@@ -1832,14 +1840,14 @@ def make_toy_dataset(folder, train=1200, test=300, seed=0, pairs=False, motions=
                 label = f"{sample['shape']} {label}"
             if second:
                 sample["second"] = sample_second_object(rng, sample, motions)
-            name = f"{part}/{i:04d}.mp4"
+            name = f"{subset}/{i:04d}.mp4"
             write_video(folder / name, render_video(sample, *shape), **options)
             attributes[name] = sample
             rows.append((name, label))
             colours.append((name, sample["colour"]))
         tables = dict.fromkeys(lists, rows)
         if pairs:
-            tables[f"{part}2"] = colours
+            tables[f"{subset}2"] = colours
         for name, table in tables.items():
             with open(folder / f"{name}.csv", "w", newline="") as file:
                 csv.writer(file).writerows(table)

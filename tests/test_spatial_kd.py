@@ -191,13 +191,13 @@ def test_labeller_is_compared_with_the_ground_truth(capsys):
 def test_label_only_labels_the_training_videos_and_prints_the_command_of_the_grid(
         toy, tmp_path, monkeypatch, capsys):
     paths = []
-    read_frames = common.read_frames
+    read = common.VideoDataset.read
 
-    def spy(path, *more, **options):
+    def spy(dataset, path, rng):
         paths.append(path)
-        return read_frames(path, *more, **options)
+        return read(dataset, path, rng)
 
-    monkeypatch.setattr(common, "read_frames", spy)
+    monkeypatch.setattr(common.VideoDataset, "read", spy)
     data = load_dataset(str(toy))
     assert run("--data", toy, *FAST, "--out", tmp_path, "--label-only", "--label-noise", .5) == {}
     assert sorted(paths) == sorted(path for path, _ in data.train)

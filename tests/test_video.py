@@ -555,6 +555,29 @@ def epochs(clips, count=2, **options):
     return out
 
 
+@pytest.mark.parametrize(("count", "side", "reads"), [
+    (32, 37, [32]), (33, 37, [4] * 3), (32, 41, [4] * 3)])
+def test_short_training_videos_of_few_pixels_are_decoded_once(
+        tmp_path, monkeypatch, count, side, reads):
+    path = str(tmp_path / "a.mp4")
+    encode(path, moving(count, 96, 128))
+    videos = VideoDataset([(path, 0)], 4, side, train=True)
+    expected = [read_frames(path, common.tsn_indices(count, 4, RNG([0, epoch, 0])), side, False)
+                for epoch in range(3)]
+    calls = []
+
+    def spy(path, indices, *more, **options):
+        calls.append(len(indices))
+        return read_frames(path, indices, *more, **options)
+
+    monkeypatch.setattr(common, "read_frames", spy)
+    for epoch, frames in enumerate(expected):
+        video = videos[epoch, 0].video
+        assert torch.equal(video, frames)
+        assert video.stride() == frames.stride()  # resizing may round by it
+    assert calls == reads
+
+
 @pytest.mark.parametrize("train", [True, False])
 def test_number_of_workers_does_not_change_the_batches(toy, train):
     clips = VideoDataset(load_dataset(toy).train, 4, 32, train=train, seed=3)
