@@ -119,7 +119,7 @@ def exits_loss(z, labels, teacher_logits, tau):
 
 
 def teacher_for_step(step, steps, schedule, stream):
-    """Eq. (3) for the exits of the network `stream` at step 0..steps-1
+    """Eq. (3) for the exits of the network `stream` at step 0..steps-1.
     -> the teacher: mv, r or i, or None if the labels teach"""
     progressive = ["mv", "r", stream, stream, stream, stream]                   # (6,)
     teachers = {"labels": [None] * 6, "progressive": progressive, "anti": progressive,
@@ -442,8 +442,8 @@ def measure_flatness(streams, exits, data, args):
         modules = {"network": streams.nets[stream]}
         for schedule in args.schedules:
             modules[f"{schedule} exits"] = exits.heads[schedule][stream]
-        for part, module in modules.items():
-            row = {"stream": name, "of": part}
+        for module_name, module in modules.items():
+            row = {"stream": name, "of": module_name}
             rows.append(row | hessian_trace(module, stream, batches, args.seed))
     return rows
 

@@ -416,7 +416,7 @@ def train(variant, student, data, can_flip, args, folder):
         num_videos = len(loader) * loader.batch_sampler.batch_size
         metrics["videos_per_s"] = round(num_videos / (time.time() - start_time))
         log_and_checkpoint(metrics, history, args.epochs, path, metadata, modules)
-    model.clip_model.set_grad_checkpointing(False)
+    model.clip_model.set_grad_checkpointing(False)  # testing stores no activations
     return history
 
 

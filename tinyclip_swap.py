@@ -286,7 +286,7 @@ def train(variant, model, teacher, data, args, folder):
         videos = len(loader) * loader.batch_sampler.batch_size
         metrics["videos_per_s"] = round(videos / (time.time() - start_time))
         log_and_checkpoint(metrics, history, args.epochs, path, metadata, modules)
-    model.clip_model.set_grad_checkpointing(False)
+    model.clip_model.set_grad_checkpointing(False)  # testing stores no activations
     return history
 
 
@@ -297,8 +297,8 @@ def train(variant, model, teacher, data, args, folder):
 def classify(model, videos, text, views=1, crops=1):
     """videos: list of uint8 (V*T, 3, H, W); text (P, K, D) -> probabilities (B, K), the mean over
     the views and crops of a video"""
-    video = common.center_crop(videos, model.crop_size, DEVICE, crops)          # (B, CVT, 3, H, W)
-    views *= crops
+    video = common.center_crop(videos, model.crop_size, DEVICE, crops)
+    views *= crops  # V counts both from here on
     video = video.unflatten(1, (views, -1)).flatten(0, 1)                       # (B*V, T, 3, H, W)
     with autocast():
         v = model.encode_video(video).float()                                   # (B*V, D)

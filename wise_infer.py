@@ -80,7 +80,7 @@ STREAMS = {"mv": "motion", "r": "residual", "i": "iframe"}
 METHODS = {"zero": "wise", "fusion": "wise_fusion_prior"}  # by prior
 L1_GRID = (1., .1, .01, .001)
 # what weights and theta depend on, beside the checkpoint
-CHOICE_FLAGS = "schedule", "exit_order", "segments", "prior", "l1", "theta", "max_drop"
+CHOICE_FLAGS = "schedule", "exit_order", "segments", "prior", "l1", "theta", "max_drop", "seed"
 
 # ---- the method: eqs. (1)-(4) --------------------------------------------------------------------
 
@@ -351,8 +351,8 @@ def load_checkpoint(args):
     path = Path(args.checkpoint or max(files, key=os.path.getmtime))
     checkpoint = common.read_checkpoint(path, "flags", "digest", "classes", "streams", "exits")
     flags = checkpoint["flags"]
-    parts = [flags, checkpoint["streams"], checkpoint["exits"]]
-    if not all(isinstance(x, dict) for x in parts) or not isinstance(checkpoint["classes"], list):
+    kinds = {"flags": dict, "streams": dict, "exits": dict, "classes": list}
+    if not all(isinstance(checkpoint[name], kind) for name, kind in kinds.items()):
         raise common.BadInput(f"{path} is not a checkpoint of pkd_compressed.py")
     if "optimizer" in checkpoint:
         raise common.BadInput(f"{path}: training has not finished; continue it by "
