@@ -397,6 +397,9 @@ def train_exits(streams, exits, data, held_out, metadata, folder, args):
         if held_out and epoch + 1 in test_epochs:
             top1, _ = evaluate(streams, exits, held_out, data.undecodable, args)
             metrics.update({f"held_out_{name}": top1[f"{name}_mean"] for name in args.schedules})
+        if args.test_every and (epoch + 1) % args.test_every == 0:
+            top1, _ = evaluate(streams, exits, data.test, data.undecodable, args)
+            metrics.update({f"top1_{name}": top1[f"{name}_mean"] for name in args.schedules})
         log_and_checkpoint(metrics, history, args.exit_epochs, path, metadata, modules)
     return history
 
@@ -638,6 +641,8 @@ def parse(argv=None):
     add("--exit-epochs", type=int, help="epochs of the exits (default: 60, toy data 18)")
     add("--batch-size", type=int, default=32, help="videos per batch, on all GPUs (default: 32)")
     add("--lr", type=float, help="learning rate of the networks (default: 1e-3, toy networks 3e-3)")
+    add("--test-every", type=int, default=0, metavar="EPOCHS", help="also test the exits after "
+        "every so many epochs, for learning curves (default: only at the end)")
     add("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
     add("--workers", type=int, default=max(1, min(16, os.cpu_count() - 1)),
         help="number of data loading processes (default: CPU cores - 1, at most 16)")
@@ -657,7 +662,8 @@ def parse(argv=None):
         "epochs": (1, 10**6), "exit_epochs": (1, 10**6), "batch_size": (2, 10**6),
         "segments": (1, 1000), "size": (32, 10**4),  # the networks reduce it by 32
         "holdout": (0, .99), "shots": (0, 10**9), "label_noise": (0, 1), "tau": (1e-6, 1e6),
-        "lr": (1e-12, 10), "seed": (0, 2**63 - 1)})
+        "lr": (1e-12, 10), "seed": (0, 2**63 - 1),
+        "test_every": (0, 10**6)})
     if args.imagenet and "toy" in args.networks:
         parser.error("--imagenet: toy networks have no ImageNet weights")
     args.schedules = [name for name in SCHEDULES if {name, "all"} & set(args.schedules)]

@@ -415,6 +415,9 @@ def train(variant, student, data, can_flip, args, folder):
         metrics.update(zip(names, epoch_means(losses, epoch), strict=True))
         num_videos = len(loader) * loader.batch_sampler.batch_size
         metrics["videos_per_s"] = round(num_videos / (time.time() - start_time))
+        if args.test_every and (epoch + 1) % args.test_every == 0:
+            accuracy, _ = evaluate(student, data, args)
+            metrics["top1"] = accuracy["action"]
         log_and_checkpoint(metrics, history, args.epochs, path, metadata, modules)
     model.clip_model.set_grad_checkpointing(False)  # testing stores no activations
     return history
@@ -424,10 +427,10 @@ def train(variant, student, data, can_flip, args, folder):
 
 
 @torch.no_grad()
-def evaluate(student, data, args, path):
-    """Test on every video, and write the predicted actions to `path`. The action, eq. (2), needs no
-    heads. -> {task: accuracy, or None if the ground truth is not known}; {index of a video:
-    predicted labels} of this process's videos"""
+def evaluate(student, data, args, path=None):
+    """Test on every video, and write the predicted actions to `path` if given. The action, eq. (2),
+    needs no heads. -> {task: accuracy, or None if the ground truth is not known}; {index of a
+    video: predicted labels} of this process's videos"""
     model = student.eval().model
     tasks = [SpatialTask("action", data.classes), *student.tasks]
     class_embeddings = model.encode_classes(data.classes)                       # (P, K, D)
@@ -452,7 +455,7 @@ def evaluate(student, data, args, path):
             predictions[index] = [task.labels[j] for task, j in zip(tasks, row, strict=True)]
     if WORLD_SIZE > 1:
         dist.all_reduce(p)
-    if RANK == 0:
+    if path and RANK == 0:
         save_predictions(path, data, p)
 
     # compare with the ground truth; a video that cannot be decoded counts as wrong
@@ -691,6 +694,8 @@ def parse(argv=None):
     add("--grad-checkpointing", action="store_true",
         help="compute activations twice instead of storing them: slower, for small GPU memories")
     add("--lr", type=float, help="learning rate of the towers (default: 5e-6, toy networks 4e-4)")
+    add("--test-every", type=int, default=0, metavar="EPOCHS",
+        help="also test after every so many epochs, for learning curves (default: only at the end)")
     add("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
     add("--workers", type=int, default=max(1, min(16, os.cpu_count() - 1)),
         help="number of data loading processes (default: CPU cores - 1, at most 16)")
@@ -702,7 +707,8 @@ def parse(argv=None):
     args = parse_flags(parser, argv, {
         "epochs": (1, 10**6), "frames": (1, 77), "shots": (0, 10**9), "label_noise": (0, 1),
         "batch_size": (2, 10**6),  # eq. (1) compares the videos of a batch
-        "lambda_": (0, 1e6), "lr": (1e-12, 10), "seed": (0, 2**63 - 1)})
+        "lambda_": (0, 1e6), "lr": (1e-12, 10), "seed": (0, 2**63 - 1),
+        "test_every": (0, 10**6)})
     if args.epochs is None:
         args.epochs = 5 if args.data == "toy" else 50
     if args.lr is None:

@@ -285,6 +285,8 @@ def train(variant, model, teacher, data, args, folder):
         metrics.update(zip(names, epoch_means(losses, epoch), strict=True))
         videos = len(loader) * loader.batch_sampler.batch_size
         metrics["videos_per_s"] = round(videos / (time.time() - start_time))
+        if args.test_every and (epoch + 1) % args.test_every == 0:
+            metrics["top1"], _ = evaluate(model, data, args)
         log_and_checkpoint(metrics, history, args.epochs, path, metadata, modules)
     model.clip_model.set_grad_checkpointing(False)  # testing stores no activations
     return history
@@ -305,8 +307,8 @@ def classify(model, videos, text, views=1, crops=1):
     return class_probabilities(v, text).unflatten(0, (-1, views)).mean(1)       # (B, K)
 
 
-def evaluate(model, data, args, path):
-    """Test on all videos and write the predictions to `path` -> top-1 and top-5 accuracy;
+def evaluate(model, data, args, path=None):
+    """Test on all videos, and write the predictions to `path` if given -> top-1 and top-5 accuracy;
     undecodable videos count as wrong"""
     text = model.encode_classes(data.classes)                                   # (P, K, D)
     dataset = common.VideoDataset(data.test, args.frames, model.resize_to, args.sampling,
@@ -321,7 +323,7 @@ def evaluate(model, data, args, path):
         p[rows.to(DEVICE, non_blocking=True)] = p_batch * decodable
     if WORLD_SIZE > 1:
         dist.all_reduce(p)
-    if RANK == 0:
+    if path and RANK == 0:
         save_predictions(path, data, p)
     labels = torch.tensor([label for _, label in data.test], device=DEVICE)     # (N,)
     top5 = p.topk(min(5, len(data.classes)))
@@ -515,6 +517,8 @@ def parse(argv=None):
     add("--grad-checkpointing", action="store_true",
         help="compute activations twice instead of storing them: slower, for small GPU memories")
     add("--lr", type=float, help="learning rate of the towers (default: 5e-6, toy networks 4e-4)")
+    add("--test-every", type=int, default=0, metavar="EPOCHS",
+        help="also test after every so many epochs, for learning curves (default: only at the end)")
     add("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
     add("--workers", type=int, default=max(1, min(16, os.cpu_count() - 1)),
         help="number of data loading processes (default: CPU cores - 1, at most 16)")
@@ -538,7 +542,8 @@ def parse(argv=None):
         "epochs": (1, 10**6), "frames": (1, 77), "views": (1, 1000), "shots": (0, 10**9),
         "batch_size": (2, 10**6),  # eq. (1) compares the videos of a batch
         "label_noise": (0, 1), "lr": (1e-12, 10), "fps": (.01, 1000), "threshold": (0, 1),
-        "seed": (0, 2**63 - 1)})
+        "seed": (0, 2**63 - 1),
+        "test_every": (0, 10**6)})
     if args.epochs is None:
         args.epochs = 6 if args.data == "toy" else 50
     if args.lr is None:

@@ -136,7 +136,7 @@ def processes(request):
             for name in ("plain", "two_processes") if name in wanted}
 
 
-SAME = "--epochs 2 --workers 0 --batch-size 16 --frames 4 --grad-checkpointing"
+SAME = "--epochs 2 --workers 0 --batch-size 16 --frames 4 --grad-checkpointing --test-every 2"
 PARALLEL = {  # flags of each training script beside --data and --out
     "tinyclip_swap.py": f"--large toy-large:random --small toy-small:random {SAME} --affinity",
     "spatial_kd.py": f"--student toy-small:random --labeller toy-small:random {SAME} "

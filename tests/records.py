@@ -5,6 +5,8 @@
   python tests/records.py runs/spatial_kd    runs that differ in seed or split alone: mean of each
                                              number, standard deviation, 95 % interval
   python tests/records.py runs/spatial_kd/RUN      accuracy per class, and what is confused most
+  python tests/records.py curves FILE.svg RUN ...  learning curves of runs with --test-every that
+                                             differ in seed alone, and how long each variant learns
 
 A record is a command after a $, with its RESULT line below. Intervals are t-intervals over seeds.
 Gains are computed seed by seed, in percentage points of top-1.
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).parent
+COLORS = ("#d55e00", "#0072b2", "#009e73", "#999999", "#56b4e9", "#cc79a7")  # of Okabe and Ito
 # 97.5 % quantiles of Student's t for 1 to 10 degrees of freedom
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -158,6 +161,71 @@ def classes_of_run(folder):
     return "\n".join([*lines, *confused])
 
 
+def learning_curves(record):
+    """The results.json of a run with --test-every -> {variant: [(training compute, top-1), ...]}.
+    Compute counts the student's passes through its video network, and its unit is an epoch of the
+    first variant."""
+    curves = {}
+    for epoch in record["epochs"]:
+        for name, top1 in epoch.items():
+            if name == "top1":
+                curves.setdefault(epoch["variant"], []).append((epoch["epoch"], top1))
+            elif name.startswith("top1_"):
+                curves.setdefault(name.removeprefix("top1_"), []).append((epoch["epoch"], top1))
+    gmacs = {name: record["results"].get(name, {}).get("GMAC/video", 1) for name in curves}
+    unit = next(iter(gmacs.values()), 1)
+    return {name: [(epoch * gmacs[name] / unit, top1) for epoch, top1 in curve]
+            for name, curve in curves.items()}
+
+
+def time_to_learn(curves):
+    """{variant: compute until it has 90 % of the last top-1 of the first variant, or None}"""
+    goal = .9 * next(iter(curves.values()))[-1][1]
+    return {name: next((x for x, top1 in curve if top1 >= goal), None)
+            for name, curve in curves.items()}
+
+
+def save_curves(folders, path, width=760, height=400):
+    """Draw top-1 over training compute, a line for each variant and run, and print time_to_learn"""
+    records = [json.loads(Path(folder, "results.json").read_text()) for folder in folders]
+    runs = [learning_curves(record) for record in records]
+    if not all(runs):
+        sys.exit("train with --test-every to get learning curves")
+    points = [point for curves in runs for curve in curves.values() for point in curve]
+    x_max = max(x for x, _ in points)
+    y_min = min(y for _, y in points)
+    left, right, top, bottom = 60, width - 170, 16, height - 48
+
+    def place(x, y):
+        return (round(left + (right - left) * x / x_max, 1),
+                round(bottom - (bottom - top) * (y - y_min) / (1 - y_min), 1))
+
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+           'font-family="sans-serif" font-size="13">',
+           '<rect width="100%" height="100%" fill="white"/>']
+    for tenths in range(int(10 * y_min) + 1, 11):
+        _, y = place(0, tenths / 10)
+        svg.append(f'<path d="M{left} {y}H{right}" stroke="#ddd"/><text x="{left - 8}" y="{y}" '
+                   f'text-anchor="end" dy="4">{tenths / 10}</text>')
+    for quarter in range(5):
+        x, _ = place(quarter * x_max / 4, 0)
+        svg.append(f'<text x="{x}" y="{bottom + 18}" text-anchor="middle">'
+                   f'{quarter * x_max / 4:g}</text>')
+    first = next(iter(runs[0]))
+    svg.append(f'<text x="{(left + right) / 2}" y="{height - 8}" text-anchor="middle">training '
+               f'compute, in epochs of {first}</text>'
+               f'<text transform="translate(16 {height / 2}) rotate(-90)">top-1</text>')
+    for n, (name, color) in enumerate(zip(runs[0], COLORS, strict=False)):
+        for curves in runs:
+            corners = "L".join(f"{x} {y}" for x, y in (place(*point) for point in curves[name]))
+            svg.append(f'<path d="M{corners}" fill="none" stroke="{color}" stroke-width="1.5"/>')
+        svg.append(f'<text x="{right + 12}" y="{top + 20 * n + 12}" fill="{color}">{name}</text>')
+        times = [time_to_learn(curves)[name] for curves in runs]
+        print(f"{name:24} reaches 90 % of {first}'s last top-1 after "
+              f"{', '.join('-' if x is None else f'{x:.4g}' for x in times)}")
+    Path(path).write_text("\n".join([*svg, "</svg>"]))
+
+
 DEIT = ("python deit_video.py --variants one_head two_heads two_heads_soft two_frame_heads "
         "one_head_soft")
 FEW_LABELS = ("python deit_video.py --shots 5 --epochs 900 --variants one_head two_heads_soft "
@@ -210,6 +278,8 @@ if __name__ == "__main__":
         print(findings(read_records()))
     elif sys.argv[1] == "all":
         print(all_numbers(read_records()))
+    elif sys.argv[1] == "curves":
+        save_curves(sys.argv[3:], sys.argv[2])
     elif any(Path(sys.argv[1]).glob("*-predictions.csv")):
         print(classes_of_run(sys.argv[1]))
     else:

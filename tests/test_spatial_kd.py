@@ -28,7 +28,7 @@ from spatial_kd import (
 )
 
 FAST = ("--student", "toy-small:random", "--labeller", "toy-small:random", "--epochs", 2,
-        "--workers", 0, "--batch-size", 16, "--frames", 4)
+        "--workers", 0, "--batch-size", 16, "--frames", 4, "--test-every", 2)
 
 
 def run(*flags):

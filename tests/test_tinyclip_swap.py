@@ -17,7 +17,7 @@ import tinyclip_swap
 from tinyclip_swap import affinity_loss, class_probabilities, main, parse
 
 SMALL = ("--large", "toy-large:random", "--small", "toy-small:random", "--epochs", 2, "--workers",
-         0, "--batch-size", 16, "--frames", 4)
+         0, "--batch-size", 16, "--frames", 4, "--test-every", 2)
 
 
 def run(*flags):
@@ -154,7 +154,10 @@ def test_resume_gives_the_same_weights(toy, three_variants, tmp_path, monkeypatc
         assert results[variant]["top1"] == three_variants[1][variant]["top1"]
         assert all(map(torch.equal, weights(three_variants[0], variant),
                        weights(tmp_path, variant)))
-    assert history(tmp_path) == history(three_variants[0], variants=("large", "small"))
+    log = history(tmp_path)
+    assert log == history(three_variants[0], variants=("large", "small"))
+    assert [metrics.get("top1") for metrics in log] == [
+        None, results["large"]["top1"], None, results["small"]["top1"]]  # --test-every 2
 
 
 def test_two_processes_follow_the_losses_of_one(three_variants, two_processes):
