@@ -40,6 +40,7 @@ Variants of the student, trained for the same number of steps:
   two_heads_soft    the token learns from the teacher's probabilities
   two_heads_hard    the token learns from the teacher's most probable class
 Controls:
+  second_one_head   one_head with another seed; `ensemble` is the mean of the two networks
   two_frame_heads   two heads without a token: a linear layer on h_frame takes its place
   one_head_soft     a teacher without a second head: the soft loss trains h_frame itself
   linear_head_soft  a teacher, and the linear layer in place of the token
@@ -251,10 +252,12 @@ class SpatialHeads(nn.Module):
 
 
 class Variant(NamedTuple):
-    """token_loss: "labels", "hard" or "soft" in eq. (6); None: only h_frame is trained"""
+    """token_loss: "labels", "hard" or "soft" in eq. (6); None: only h_frame is trained.
+    seed_offset: is added to --seed"""
     token_loss: str | None = None
     fusion_head: type = OneHead
     spatial: bool = False
+    seed_offset: int = 0
 
 
 VARIANTS = {
@@ -264,7 +267,8 @@ VARIANTS = {
     "two_heads_hard": Variant("hard", TokenFusionHead),
     "two_frame_heads": Variant("labels", LinearFusionHead),
     "one_head_soft": Variant("soft"),
-    "linear_head_soft": Variant("soft", LinearFusionHead)}
+    "linear_head_soft": Variant("soft", LinearFusionHead),
+    "second_one_head": Variant(seed_offset=1)}
 
 
 class DeiTStudent(nn.Module):
@@ -274,6 +278,7 @@ class DeiTStudent(nn.Module):
         super().__init__()
         self.model = model
         self.token_loss = variant.token_loss
+        self.seed_offset = variant.seed_offset
         self.tasks = tasks if variant.spatial else []
         if self.tasks:
             scale = model.clip_model.logit_scale.exp().item()
@@ -328,6 +333,7 @@ def train(variant, student, teacher, data, can_flip, args, folder):
     """Train a variant by eqs. (5) and (7); the teacher is trained. -> history, metrics per epoch"""
     model = student.model
     kind = student.token_loss
+    seed = args.seed + student.seed_offset
     uses_teacher = kind in ("hard", "soft")
     if uses_teacher:
         teacher.eval().requires_grad_(False)  # the teacher is frozen
@@ -335,7 +341,7 @@ def train(variant, student, teacher, data, can_flip, args, folder):
 
     # frames are decoded once, at the size that the larger of the two networks needs
     short_side = max(model.resize_to, teacher.resize_to)
-    dataset = common.VideoDataset(data.train, args.frames, short_side, train=True, seed=args.seed)
+    dataset = common.VideoDataset(data.train, args.frames, short_side, train=True, seed=seed)
     loader = common.VideoLoader(dataset, args.batch_size, args.workers,
                                 undecodable=data.undecodable)
     optimizer, schedule = make_optimizer(student, args.lr, args.epochs * len(loader))
@@ -360,26 +366,25 @@ def train(variant, student, teacher, data, can_flip, args, folder):
         progress = tqdm(batches, f"{variant} {epoch + 1}", len(loader), leave=False, disable=None)
         for step, batch in enumerate(progress):
             # augment: one crop, flip and colour change for all frames of a video
-            video = common.augment(batch, model.crop_size, can_flip, args.seed, DEVICE)
+            video = common.augment(batch, model.crop_size, can_flip, seed, DEVICE)
             local_labels = to_device(batch.label)                               # (B/W,)
 
             # the frozen teacher sees the same frames, at its own resolution
             if uses_teacher:
                 teacher_video = video
                 if teacher.crop_size != model.crop_size:
-                    teacher_video = common.augment(batch, teacher.crop_size, can_flip, args.seed,
-                                                   DEVICE)
+                    teacher_video = common.augment(batch, teacher.crop_size, can_flip, seed, DEVICE)
                 with torch.no_grad(), autocast():
                     v, _, teacher_scale = teacher(teacher_video, None)          # (B/W, D_T)
                 teacher_logits = class_logits(v.float(), teacher_text, teacher_scale)  # (B/W, K)
 
             # say the class of each video in one of ActionCLIP's 16 sentences, drawn at random
-            template_ids = to_device([np.random.default_rng([args.seed, *key, 1]).integers(16)
+            template_ids = to_device([np.random.default_rng([seed, *key, 1]).integers(16)
                                       for key in batch.rng_key])                # (B/W,)
             sentences = [prompts[template_ids, local_labels]]                   # (B/W, length)
 
             # hard loss: say the teacher's class of each video; soft loss: say all classes
-            rng = np.random.default_rng([args.seed, epoch, step, 3])
+            rng = np.random.default_rng([seed, epoch, step, 3])
             if kind == "hard":
                 sentences.append(prompts[template_ids, teacher_logits.argmax(1)])  # (B/W, length)
             elif kind == "soft":
@@ -437,16 +442,18 @@ def train(variant, student, teacher, data, can_flip, args, folder):
         metrics.update(zip(terms, epoch_means(losses, epoch), strict=True))
         num_videos = len(loader) * loader.batch_sampler.batch_size
         metrics["videos_per_s"] = round(num_videos / (time.time() - start_time))
+        if args.test_every and (epoch + 1) % args.test_every == 0:
+            metrics["top1"] = evaluate(model, data, args)[0]["top1"]
         log_and_checkpoint(metrics, history, args.epochs, path, metadata, modules)
     model.clip_model.set_grad_checkpointing(False)  # testing stores no activations
     return history
 
 
 @torch.no_grad()
-def evaluate(model, data, args, path):
-    """Test on all videos and write the predictions to `path` -> {"top1": of what is deployed,
-    "frame", "token": of each head, None if there is one head}. Videos that cannot be decoded, with
-    label -1, count as wrong."""
+def evaluate(model, data, args, path=None):
+    """Test on all videos, and write the predictions to `path` if given -> {"top1": of what is
+    deployed, "frame", "token": of each head, None if there is one head}; its class probabilities
+    (N, K). Videos that cannot be decoded, with label -1, count as wrong."""
     text = model.eval().encode_classes(data.classes)
     dataset = common.VideoDataset(data.test, args.frames, model.resize_to)
     loader = common.VideoLoader(dataset, args.batch_size, args.workers,
@@ -463,14 +470,19 @@ def evaluate(model, data, args, path):
             p[i, rows] = class_probabilities(h.float(), text) * decodable       # (B/W, K)
     if WORLD_SIZE > 1:
         dist.all_reduce(p)
-    if RANK == 0:
+    if path and RANK == 0:
         save_predictions(path, data, p[0])
-    labels = to_device([label for _, label in data.test])                       # (N,)
-    correct = (p.argmax(2) == labels) & (p.amax(2) > 0)                         # (3, N)
-    top1, frame, token = correct.float().mean(1).tolist()
+    top1, frame, token = [accuracy(p_head, data) for p_head in p]
     if isinstance(model.fusion, OneHead):
         frame = token = None
-    return {"top1": top1, "frame": frame, "token": token}
+    return {"top1": top1, "frame": frame, "token": token}, p[0]
+
+
+def accuracy(p, data):
+    """Class probabilities (N, K) of the test videos -> top-1"""
+    labels = to_device([label for _, label in data.test])                       # (N,)
+    correct = (p.argmax(1) == labels) & (p.amax(1) > 0)                         # (N,)
+    return correct.float().mean().item()
 
 
 def median_ms(function):
@@ -586,7 +598,8 @@ def main(argv=None):
         teacher = common.build_actionclip(args.teacher, OneHead, cache).to(DEVICE)
     students = {first: DeiTStudent(teacher, Variant(), [])}
     for name, variant in variants.items():
-        torch.manual_seed(args.seed)  # initial weights do not depend on the other variants
+        # initial weights do not depend on the other variants
+        torch.manual_seed(args.seed + variant.seed_offset)
         model = common.build_actionclip(args.student, variant.fusion_head, cache)
         students[name] = DeiTStudent(model, variant, tasks).to(DEVICE)
 
@@ -612,16 +625,25 @@ def main(argv=None):
     results = {}
     scores = {}
     history = []
+    p = {}
     for name, student in students.items():
         if not checkpoint or student.model is not teacher:
             history += train(name, student, teacher, data, can_flip, args, folder)
         results[name] = {"variant": name, "backbone": student.model.name}
         for suffix, test_set in test_sets.items():
             path = folder / f"{name}{suffix}-predictions.csv"
-            top1 = evaluate(student.model, test_set, args, path)
+            top1, p[name + suffix] = evaluate(student.model, test_set, args, path)
             results[name][f"top1{suffix}"] = scores[name + suffix] = top1["top1"]
             if suffix == "":
                 results[name] |= top1
+        if results[name]["token"] is not None:
+            scores[f"{name}_frame"] = results[name]["frame"]
+            scores[f"{name}_token"] = results[name]["token"]
+    if {"one_head", "second_one_head"} <= p.keys():
+        results["ensemble"] = {**results["one_head"], "variant": "ensemble"}
+        for suffix, test_set in test_sets.items():
+            top1 = accuracy(p[f"one_head{suffix}"] + p[f"second_one_head{suffix}"], test_set)
+            results["ensemble"][f"top1{suffix}"] = scores[f"ensemble{suffix}"] = top1
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
 
@@ -632,6 +654,11 @@ def main(argv=None):
             results[name] |= benchmark_embedding(student.model, args.frames)
             if isinstance(student.model.fusion, TokenFusionHead):
                 save_attention_picture(name, student.model, data, args, folder / "attention.png")
+        if "ensemble" in results:
+            one, two = results["one_head"], results["second_one_head"]
+            costs = {name: one[name] + two[name] for name in ("params M", "GMAC/video", "ms/video")}
+            costs["videos/s"] = 1 / (1 / one["videos/s"] + 1 / two["videos/s"])
+            results["ensemble"] |= costs
         save_results(folder, data, args, {**results, "scores": scores}, history, start_time)
         report(results, scores, test_sets, args, start_time)
     return results
@@ -701,6 +728,8 @@ def parse(argv=None):
     add("--grad-checkpointing", action="store_true",
         help="compute activations twice instead of storing them: slower, for small GPU memories")
     add("--lr", type=float, help="learning rate of the towers (default: 5e-6, toy networks 4e-4)")
+    add("--test-every", type=int, default=0, metavar="EPOCHS",
+        help="also test after every so many epochs, for learning curves (default: only at the end)")
     add("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
     add("--workers", type=int, default=max(1, min(16, os.cpu_count() - 1)),
         help="number of data loading processes (default: CPU cores - 1, at most 16)")
@@ -724,7 +753,8 @@ def parse(argv=None):
         "epochs": (1, 10**6), "frames": (1, 77), "shots": (0, 10**9), "label_noise": (0, 1),
         "batch_size": (2, 10**6),  # eq. (1) compares the videos of a batch
         "alpha": (0, 1), "tau": (1e-6, 1e6), "lambda_": (0, 1e6), "lr": (1e-12, 10),
-        "fps": (.01, 1000), "threshold": (0, 1), "seed": (0, 2**63 - 1)})
+        "fps": (.01, 1000), "threshold": (0, 1), "seed": (0, 2**63 - 1),
+        "test_every": (0, 10**6)})
     if args.epochs is None:
         args.epochs = 6 if args.data == "toy" else 50
     if args.lr is None:

@@ -1,4 +1,6 @@
 """deit_video.py: equations, what a teacher alone teaches, variants, resume, processes, bad input"""
+import collections
+import csv
 import json
 import re
 import runpy
@@ -25,7 +27,7 @@ from deit_video import (
 )
 
 FAST = ("--teacher", "toy-small:random", "--student", "toy-small:random", "--epochs", 2,
-        "--workers", 0, "--batch-size", 16, "--frames", 4)
+        "--workers", 0, "--batch-size", 16, "--frames", 4, "--test-every", 2)
 
 
 def run(*flags):
@@ -211,8 +213,8 @@ def test_soft_loss_alone_teaches_the_token(plain, moving, cache, trained):
 
 def test_every_variant_runs_and_reports_its_heads(all_variants):
     results, out = all_variants
-    assert list(results) == ["teacher", *VARIANTS]
-    one_head = ("teacher", "one_head", "one_head_soft")
+    assert list(results) == ["teacher", *VARIANTS, "ensemble"]
+    one_head = ("teacher", "one_head", "one_head_soft", "second_one_head", "ensemble")
     for name, x in results.items():
         heads = (x["frame"], x["token"])
         assert (heads == (None, None)) == (name in one_head)
@@ -222,18 +224,42 @@ def test_every_variant_runs_and_reports_its_heads(all_variants):
     assert two["GMAC/video"] > one["GMAC/video"]
     assert next(out.rglob("attention.png")).stat().st_size > 10_000
     scores = json.loads(next(out.rglob("results.json")).read_text())["results"]["scores"]
+    assert results["ensemble"]["GMAC/video"] == 2 * one["GMAC/video"]
+    for name, x in results.items():
+        if name not in one_head:
+            assert (scores.pop(f"{name}_frame"), scores.pop(f"{name}_token")) == (
+                x["frame"], x["token"])
     assert scores == {name: x["top1"] for name, x in results.items()}
+    del scores["ensemble"]
     for name, top1 in scores.items():
         path = next(out.rglob(f"{name}-predictions.csv"))
         assert predicted_top1(path) == pytest.approx(top1)
     log = epochs(out)
-    assert [metrics["variant"] for metrics in log[::2]] == list(results)
+    assert [metrics["variant"] for metrics in log[::2]] == ["teacher", *VARIANTS]
+    assert [metrics.get("top1") for metrics in log[:2]] == [None, results["teacher"]["top1"]]
     for metrics in log:
         name = metrics["variant"]
         expected = {"variant", "epoch", "frame_loss"}
         if name in VARIANTS and VARIANTS[name].token_loss:
             expected.add(f"{VARIANTS[name].token_loss}_loss")
-        assert metrics.keys() == {*expected, "videos_per_s"}
+        assert metrics.keys() - {"top1"} == {*expected, "videos_per_s"}
+
+
+def test_ensemble_is_the_mean_of_two_networks_with_different_seeds(all_variants, toy, tmp_path):
+    results, out = all_variants
+    teacher = next(out.rglob("teacher-last.pt"))
+    run("--data", toy, *FAST, "--out", tmp_path, "--teacher-checkpoint", teacher, "--variants",
+        "one_head", "--seed", 1)
+    assert same(weights(tmp_path, "one_head"), weights(out, "second_one_head"))
+    sums = {}  # of probabilities; the files leave out one of six classes, the least probable
+    for name in ("one_head", "second_one_head"):
+        with open(next(out.rglob(f"{name}-predictions.csv")), newline="") as file:
+            for row in csv.DictReader(file):
+                p = sums.setdefault((row["video"], row["truth"]), collections.Counter())
+                for k in range(1, 6):
+                    p[row[f"class{k}"]] += float(row[f"p{k}"] or 0)
+    correct = [p.most_common(1)[0][0] == truth for (_, truth), p in sums.items()]
+    assert np.mean(correct) == pytest.approx(results["ensemble"]["top1"])
 
 
 @pytest.mark.parametrize("variant", ["two_heads", "two_frame_heads", "one_head_soft"])
@@ -344,7 +370,7 @@ def test_two_processes_follow_the_losses_of_one(all_variants, two_processes):
         assert a.pop("variant") == b.pop("variant")
         assert a == pytest.approx(b, rel=2e-3, abs=1e-6)
     assert re.fullmatch(r"RESULT deit_video data=small-toy split=1 seed=0 teacher=0\.\d{4} "
-                        r"two_heads_soft=0\.\d{4} two_heads_hard=0\.\d{4} seconds=\d+",
+                        r"(two_heads_(soft|hard)(_frame|_token)?=0\.\d{4} ){6}seconds=\d+",
                         printed["deit_video.py"].splitlines()[-1])
 
 
