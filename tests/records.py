@@ -1,6 +1,6 @@
-"""Means and intervals over seeds, accuracy per class: the README's table, and runs of your own.
+"""Means and intervals over seeds, accuracy per class: the README's tables, and runs of your own.
 
-  python tests/records.py                    the README's table, from the RESULT lines in records/
+  python tests/records.py                    the README's tables, from the RESULT lines in records/
   python tests/records.py all                mean and deviation of every number in records/
   python tests/records.py runs/spatial_kd    runs that differ in seed or split alone: mean of each
                                              number, standard deviation, 95 % interval
@@ -29,14 +29,15 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2
 class Claim(NamedTuple):
     """A row of the README: what a text claims, the command that tests it, and three of its numbers.
     technique: what the claim is about; baseline: the same without it; control: what must not gain
-    as much. why: one clause after the verdict."""
+    as much. why: one clause after the verdict. longer: the command with three times the steps."""
     claim: str
     command: str
     technique: str
     baseline: str
     control: str
     control_words: str
-    why: str
+    why: str = ""
+    longer: str = ""
 
 
 def read_records(folder=HERE / "records"):
@@ -81,15 +82,18 @@ def verdict(values):
     return "not shown"
 
 
-def findings(runs):
-    """The README's table"""
-    lines = ["| claim | gain (95 % interval), points | control | verdict |", "|---|---|---|---|"]
-    for claim in CLAIMS:
+def findings(runs, claims):
+    """A table of the README. "longer": the gain after three times the steps, with other seeds"""
+    lines = ["| claim | gain (95 % interval), points | longer | control | verdict |",
+             "|---|---|---|---|---|"]
+    for claim in claims:
         seeds = runs[claim.command]
         gain = gains(seeds, claim.technique, claim.baseline)
         control = gains(seeds, claim.control, claim.baseline)
+        longer = gains(runs.get(claim.longer, {}), claim.technique, claim.baseline)
+        cell = f"{statistics.mean(longer):+.1f}" if longer else "-"
         lines.append(f"| {claim.claim} | **{statistics.mean(gain):+.1f}** ± {interval(gain):.1f} | "
-                     f"{claim.control_words} {statistics.mean(control):+.1f} | "
+                     f"{cell} | {claim.control_words} {statistics.mean(control):+.1f} | "
                      f"{verdict(gain)}{claim.why} |")
     return "\n".join(lines)
 
@@ -191,9 +195,9 @@ def save_curves(folders, path, width=760, height=400):
     runs = [learning_curves(record) for record in records]
     if not all(runs):
         sys.exit("train with --test-every to get learning curves")
-    points = [point for curves in runs for curve in curves.values() for point in curve]
-    x_max = max(x for x, _ in points)
-    y_min = min(y for _, y in points)
+    all_curves = [curve for curves in runs for curve in curves.values()]
+    x_max = max(curve[-1][0] for curve in all_curves)
+    y_min = min(curve[-1][1] for curve in all_curves) - .2  # lower points are left out
     left, right, top, bottom = 60, width - 170, 16, height - 48
 
     def place(x, y):
@@ -203,21 +207,22 @@ def save_curves(folders, path, width=760, height=400):
     svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
            'font-family="sans-serif" font-size="13">',
            '<rect width="100%" height="100%" fill="white"/>']
-    for tenths in range(int(10 * y_min) + 1, 11):
-        _, y = place(0, tenths / 10)
+    for twentieths in range(int(20 * y_min) + 1, 21):
+        _, y = place(0, twentieths / 20)
         svg.append(f'<path d="M{left} {y}H{right}" stroke="#ddd"/><text x="{left - 8}" y="{y}" '
-                   f'text-anchor="end" dy="4">{tenths / 10}</text>')
-    for quarter in range(5):
-        x, _ = place(quarter * x_max / 4, 0)
-        svg.append(f'<text x="{x}" y="{bottom + 18}" text-anchor="middle">'
-                   f'{quarter * x_max / 4:g}</text>')
+                   f'text-anchor="end" dy="4">{twentieths / 20}</text>')
+    distance = max(1, int(round(x_max / 4, 1 - len(str(int(x_max / 4))))))  # to one digit
+    for tick in range(0, int(x_max) + 1, distance):
+        x, _ = place(tick, 0)
+        svg.append(f'<text x="{x}" y="{bottom + 18}" text-anchor="middle">{tick}</text>')
     first = next(iter(runs[0]))
     svg.append(f'<text x="{(left + right) / 2}" y="{height - 8}" text-anchor="middle">training '
                f'compute, in epochs of {first}</text>'
                f'<text transform="translate(16 {height / 2}) rotate(-90)">top-1</text>')
     for n, (name, color) in enumerate(zip(runs[0], COLORS, strict=False)):
         for curves in runs:
-            corners = "L".join(f"{x} {y}" for x, y in (place(*point) for point in curves[name]))
+            points = [place(x, y) for x, y in curves[name] if y >= y_min]
+            corners = "L".join(f"{x} {y}" for x, y in points)
             svg.append(f'<path d="M{corners}" fill="none" stroke="{color}" stroke-width="1.5"/>')
         svg.append(f'<text x="{right + 12}" y="{top + 20 * n + 12}" fill="{color}">{name}</text>')
         times = [time_to_learn(curves)[name] for curves in runs]
@@ -226,28 +231,48 @@ def save_curves(folders, path, width=760, height=400):
     Path(path).write_text("\n".join([*svg, "</svg>"]))
 
 
-DEIT = ("python deit_video.py --variants one_head two_heads two_heads_soft two_frame_heads "
-        "one_head_soft")
+PKD = "python pkd_compressed.py"
+WISE = "&& python wise_infer.py"
+ALL = "--schedules all"
+CLEAN_IFRAME = f"{PKD} --label-noise .4 --clean-iframe {ALL}"
+LONGER = "--epochs 42 --exit-epochs 54"  # of networks and exits
+TINYCLIP = "python tinyclip_swap.py --data toy-crowded --epochs {} --affinity"
+SPATIAL = "python spatial_kd.py --data toy-crowded --epochs {}"
+DEIT = ("python deit_video.py --data toy-crowded --epochs {} --variants one_head two_heads "
+        "two_heads_soft one_head_soft second_one_head --teacher-checkpoint "
+        "runs/tinyclip_swap/toy-crowded-large-s1-seed0-*/large-last.pt")
+GRID = "python deit_video.py --data toy-crowded --epochs {} --grid"
 FEW_LABELS = ("python deit_video.py --shots 5 --epochs 900 --variants one_head two_heads_soft "
               "one_head_soft --teacher-checkpoint runs/deit_video/toy-s1-seed0-*/teacher-last.pt")
-PKD = "python pkd_compressed.py"
-WISE = "python pkd_compressed.py && python wise_infer.py"
 
-CROWDED = "--data toy-crowded --epochs 150"
-DEIT_CROWDED = (f"python deit_video.py {CROWDED} --variants one_head two_heads two_heads_soft "
-                "one_head_soft --teacher-checkpoint "
-                "runs/tinyclip_swap/toy-crowded-large-s1-seed0-*/large-last.pt")
-
-CLAIMS = [
-    Claim("TinyCLIP costs accuracy", f"python tinyclip_swap.py {CROWDED} --affinity", "large",
-          "small", "small_affinity", "TinyCLIP with affinity loss",
-          ", at half the parameters and compute"),
-    Claim("Spatial objectives help", f"python spatial_kd.py {CROWDED}", "spatial", "baseline",
-          "shuffled", "targets of other videos", ""),
-    Claim("Two heads help, even without a teacher", DEIT_CROWDED, "two_heads", "one_head",
-          "two_heads_soft", "the token learns from a teacher", ""),
-    Claim("A teacher that has seen more helps", DEIT_CROWDED, "one_head_soft", "one_head",
-          "two_heads_soft", "through the token", ""),
+QUALITY = [
+    Claim("TinyCLIP costs accuracy", TINYCLIP.format(150), "large", "small", "small_affinity",
+          "TinyCLIP with affinity loss", ", at half the parameters and compute",
+          TINYCLIP.format(450)),
+    Claim("Spatial objectives help", SPATIAL.format(150), "spatial", "baseline", "shuffled",
+          "targets of other videos", "", SPATIAL.format(450)),
+    Claim("Two heads help, even without a teacher", DEIT.format(150), "two_heads", "one_head",
+          "ensemble", "two networks, averaged", "", DEIT.format(450)),
+    Claim("A teacher that has seen more helps", DEIT.format(150), "one_head_soft", "one_head",
+          "two_heads_soft", "through the token", "", DEIT.format(450)),
+    Claim("All three together beat the swap alone", GRID.format(150), "all_three", "swap",
+          "swap_spatial", "swap and spatial"),
+    Claim("PKD beats labels", f"{PKD} {ALL}", "progressive_mean", "labels_mean", "self_mean",
+          "own network as the only teacher", ": clean labels know more", f"{PKD} {ALL} {LONGER}"),
+    Claim("PKD beats labels, 40 % of which are wrong", f"{PKD} --label-noise .4 {ALL}",
+          "progressive_mean", "labels_mean", "self_mean", "own network as the only teacher",
+          "; soft targets help, the order of teachers does not matter",
+          f"{PKD} --label-noise .4 {ALL} {LONGER}"),
+    Claim("PKD ending with the I-frame network beats one's own network, if I-frames alone have "
+          "right labels", CLEAN_IFRAME, "progressive_iframe_mean", "self_mean", "iframe_mean",
+          "I-frames all along", "", f"{CLEAN_IFRAME} {LONGER}"),
+    Claim("WISE beats late fusion", f"{PKD} {WISE}", "wise", "late_fusion", "uniform",
+          "mean of all exits", "", f"{PKD} {ALL} {LONGER} {WISE}"),
+    Claim("WISE beats late fusion, both exiting early at equal cost", f"{PKD} {WISE}",
+          "wise_early", "late_fusion_early", "last_exit", "I-frames alone", "",
+          f"{PKD} {ALL} {LONGER} {WISE}"),
+]
+SPEED = [
     Claim("TinyCLIP learns more slowly", "python tinyclip_swap.py --affinity", "large", "small",
           "small_affinity", "TinyCLIP with affinity loss", " after 222 steps"),
     Claim("Spatial objectives make learning faster",
@@ -255,27 +280,14 @@ CLAIMS = [
           "shuffled", "targets of other videos", " after 185 steps"),
     Claim("the same, larger student", "python spatial_kd.py --student toy-large", "spatial",
           "baseline", "shuffled", "targets of other videos", " after 185 steps"),
-    Claim("Two heads make learning faster", DEIT, "two_heads", "one_head",
+    Claim("Two heads make learning faster", "python deit_video.py --variants one_head two_heads "
+          "two_heads_soft two_frame_heads one_head_soft", "two_heads", "one_head",
           "two_frame_heads", "a linear layer for the token", " after 222 steps"),
-    Claim("A teacher helps when labels are few (5 per class)", FEW_LABELS, "two_heads_soft",
-          "one_head", "one_head_soft", "the teacher on the frame head",
-          "; the teacher helps, the second head does not matter"),
-    Claim("All three together beat the swap alone", "python deit_video.py --grid", "all_three",
-          "swap", "swap_spatial", "swap and spatial", ", due to the spatial objectives"),
-    Claim("PKD beats labels", f"{PKD} --schedules all", "progressive_mean", "labels_mean",
-          "self_mean", "own network as the only teacher", ": clean labels know more"),
-    Claim("PKD beats labels, 40 % of which are wrong", f"{PKD} --label-noise .4 --schedules all",
-          "progressive_mean", "labels_mean", "self_mean", "own network as the only teacher",
-          "; soft targets help, the order of teachers does not matter"),
-    Claim("WISE beats late fusion", WISE, "wise", "late_fusion", "uniform",
-          "mean of all exits", ""),
-    Claim("WISE beats late fusion, both exiting early at equal cost", WISE, "wise_early",
-          "late_fusion_early", "last_exit", "I-frames alone", ""),
 ]
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
-        print(findings(read_records()))
+        print("\n\n".join(findings(read_records(), claims) for claims in (QUALITY, SPEED)))
     elif sys.argv[1] == "all":
         print(all_numbers(read_records()))
     elif sys.argv[1] == "curves":
