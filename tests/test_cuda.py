@@ -190,7 +190,8 @@ def test_pkd_compressed(on_gpu, build, clips, tmp_path, monkeypatch):
     _, data, (_, _, batches) = clips
     monkeypatch.setattr(pkd_compressed, "CACHE_GB", 0)
     args = pkd_compressed.parse(["--segments", "2", "--batch-size", str(B), "--workers", "0",
-                                 "--epochs", "1", "--exit-epochs", "1"])
+                                 "--epochs", "1", "--exit-epochs", "1", "--schedules", "labels",
+                                 "progressive"])
     streams = build(pkd_compressed.Streams, ["toy"] * 3, 12)
     exits = build(pkd_compressed.Exits, streams, args.schedules, 12, 0)
     check(on_gpu(pkd_compressed, batches, pkd_compressed.train_networks, streams, data, {},

@@ -37,7 +37,8 @@ from pkd_compressed import (
 )
 
 FAST = ("--networks", "toy", "toy", "toy", "--size", 32, "--workers", 0, "--batch-size", 12,
-        "--segments", 1, "--epochs", 2, "--exit-epochs", 3, "--test-every", 3)
+        "--segments", 1, "--epochs", 2, "--exit-epochs", 3, "--test-every", 3, "--schedules",
+        "labels", "progressive")
 TRAINED = "labels", "progressive", "anti"  # schedules of the fixture base
 
 
