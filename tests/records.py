@@ -1,6 +1,6 @@
-"""Means and intervals over seeds, accuracy per class: the README's tables, and runs of your own.
+"""Means and intervals over seeds, accuracy per class: the README's table, and runs of your own.
 
-  python tests/records.py                    the README's tables, from the RESULT lines in records/
+  python tests/records.py                    the README's table, and that of measured.md
   python tests/records.py all                mean and deviation of every number in records/
   python tests/records.py runs/spatial_kd    runs that differ in seed or split alone: mean of each
                                              number, standard deviation, 95 % interval
