@@ -542,8 +542,7 @@ def parse(argv=None):
         "epochs": (1, 10**6), "frames": (1, 77), "views": (1, 1000), "shots": (0, 10**9),
         "batch_size": (2, 10**6),  # eq. (1) compares the videos of a batch
         "label_noise": (0, 1), "lr": (1e-12, 10), "fps": (.01, 1000), "threshold": (0, 1),
-        "seed": (0, 2**63 - 1),
-        "test_every": (0, 10**6)})
+        "seed": (0, 2**63 - 1), "test_every": (0, 10**6)})
     if args.epochs is None:
         args.epochs = 6 if args.data == "toy" else 50
     if args.lr is None:

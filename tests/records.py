@@ -83,7 +83,7 @@ def verdict(values):
 
 
 def findings(runs, claims):
-    """A table of the README. "longer": the gain after three times the steps, with other seeds"""
+    """A table of claims. "longer": the gain after three times the steps"""
     header = ["claim", "gain (95 % interval), points", "longer", "control", "verdict"]
     rows = []
     for claim in claims:
